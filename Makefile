@@ -1,0 +1,45 @@
+# One word per job; `make` alone lists them. Everything runs in .venv, which `make venv` builds once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow lint format demo clean
+
+help: ## list what make can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## build .venv with the tested versions of everything (PYTHON=python3.12 picks another Python)
+
+# torch goes first and by its exact version: later requirements then accept it instead of choosing a build themselves.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@echo "Building $(VENV): a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt $(TORCH) setuptools
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[all,test]'
+	@touch $@
+
+test: $(STAMP) ## run the tests, without the slow ones
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(STAMP) ## run the slow tests only
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP) ## check style, formatting and types
+	@$(BIN)/python -m ruff check bundle tests
+	@$(BIN)/python -m ruff format --check bundle tests
+	@$(BIN)/python -m mypy
+
+format: $(STAMP) ## put the code into the house style
+	@$(BIN)/python -m ruff check --fix bundle tests
+	@$(BIN)/python -m ruff format bundle tests
+
+demo: $(STAMP) ## register example images and write pictures to demo_output
+	@$(BIN)/python bundle/docs/demo.py --output_dir demo_output
+
+clean: ## remove .venv and everything the other jobs leave behind
+	@rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@find bundle tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,360 @@
+"""Losses for unsupervised registration: similarity of images, regularity of ddfs, and the loss that joins them.
+
+The losses here are those that MONAI lacks, or has under the same name with other values; each works alone, inside
+`RegistrationLoss`, and from a configuration file by its `_target_`. What MONAI has is used as it is: any of its losses
+`f(pred, target)` is a `similarity`, and `monai.losses.BendingEnergyLoss` is a `regularity` on second derivatives.
+All computations run in float32 or better, also under automatic mixed precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from ignite.engine import Engine, Events
+from monai.utils import convert_to_tensor
+from torch.nn.modules.loss import _Loss
+
+from .fields import identity_grid, warp
+
+__all__ = ["DiffusionLoss", "GradICONLoss", "LocalCorrelationLoss", "RegistrationLoss", "RegularityWarmup"]
+
+
+def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Return half precision and integers as float32; float32 and float64 as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_ddf(ddf: torch.Tensor, name: str, owner: str, dims: tuple[int, ...]) -> None:
+    """Raise a ValueError unless `ddf` is `(B, D, *spatial)` with D spatial axes, D one of `dims`."""
+    if ddf.dim() - 2 not in dims or ddf.shape[1] != ddf.dim() - 2:
+        raise ValueError(
+            f"{owner} expects {name} of shape (B, D, *spatial) with D = {' or '.join(map(str, dims))} spatial axes, "
+            f"got {list(ddf.shape)}."
+        )
+
+
+def _blur_matrix(size: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
+    """Return the `(size, size)` matrix of a Gaussian blur cut at two sigma, with zeros outside the axis."""
+    radius = max(1, round(2 * sigma))
+    total = sum(math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-radius, radius + 1))
+    index = torch.arange(size, dtype=like.dtype, device=like.device)
+    distance = (index[:, None] - index).abs()
+    return torch.where(distance <= radius, torch.exp(-0.5 * (distance / sigma) ** 2) / total, 0.0)
+
+
+def _gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur every map of `(B, C, *spatial)` along each spatial axis.
+
+    A product with a banded matrix beats a convolution tenfold at 64 voxels an axis, and loses only far beyond 500;
+    it also needs nothing of its input for the backward pass.
+    """
+    shape = maps.shape
+    for axis in range(2, maps.dim() - 1):
+        size = shape[axis]
+        maps = _blur_matrix(size, sigma, maps) @ maps.reshape(-1, size, shape[axis + 1 :].numel())
+    # The last axis needs no third dimension: one large product in place of many matrix-vector ones.
+    return (maps.reshape(-1, shape[-1]) @ _blur_matrix(shape[-1], sigma, maps)).reshape(shape)
+
+
+class LocalCorrelationLoss(_Loss):
+    """One minus the mean correlation of two images in a Gaussian window around each voxel (LNCC).
+
+    With `g` the window, `cc = cov(I, J) / sqrt((relu(var(I)) + eps) (relu(var(J)) + eps))`, where
+    `cov(I, J) = g*(I J) - (g*I) (g*J)` and `var(I) = cov(I, I)`; the loss is `1 - mean(cc)`, from 0 (match) over 1 (no
+    relation, and flat windows, such as background) to 2 (contrast inverted). The squared form `1 - mean(cc^2)` lies in
+    [0, 1] and is blind to the sign of the contrast, which suits images of different modalities.
+
+    `monai.losses.LocalNormalizedCrossCorrelationLoss` is another function: it is `-mean(cc^2)`, stabilizes window
+    sums instead of means, cuts its window near 1.4 sigma, and cannot have sigma 4.
+
+    Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", https://arxiv.org/abs/2405.16738,
+    and its authors' implementation.
+
+    Args:
+        sigma: standard deviation of the window in voxels. The window ends at two sigma (17 voxels at sigma 4), its
+            weights sum to one, and images continue as 0 outside their grid.
+        squared: use the squared correlation.
+        eps: added to both variances, in squared intensities; images are expected in [0, 1].
+
+    Raises:
+        ValueError: if `sigma` or `eps` is not positive.
+
+    Example:
+        >>> image, loss = torch.rand(1, 1, 32, 32), LocalCorrelationLoss()
+        >>> round(loss(image, image).item(), 2), round(loss(image, -image).item(), 2)
+        (0.0, 2.0)
+    """
+
+    def __init__(self, sigma: float = 4.0, squared: bool = False, eps: float = 1e-5) -> None:
+        super().__init__()
+        if not (sigma > 0 and eps > 0):
+            raise ValueError(f"LocalCorrelationLoss expects positive sigma and eps, got {sigma} and {eps}.")
+        self.sigma = float(sigma)
+        self.squared = squared
+        self.eps = float(eps)
+
+    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compare two images on one grid; the order of the two does not matter.
+
+        Args:
+            pred: `(B, C, *spatial)` with one to three spatial axes; channels are compared one by one.
+            target: the same shape.
+
+        Returns:
+            scalar, no unit.
+
+        Raises:
+            ValueError: if the shapes differ or are not of that form.
+        """
+        if pred.shape != target.shape or pred.dim() not in (3, 4, 5):
+            raise ValueError(
+                "LocalCorrelationLoss expects two images of one shape (B, C, *spatial) with 1 to 3 spatial axes, "
+                f"got {list(pred.shape)} and {list(target.shape)}."
+            )
+        # Half precision cannot hold the difference of two means: leave autocast.
+        with torch.autocast(pred.device.type, enabled=False):
+            a, b = _full_precision(pred), _full_precision(target)
+            maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
+            mean_a, mean_b, aa, bb, ab = _gaussian_blur(maps, self.sigma).chunk(5, dim=1)
+            covariance = ab - mean_a * mean_b
+            # Rounding can make a variance slightly negative.
+            variances = (torch.relu(aa - mean_a**2) + self.eps) * (torch.relu(bb - mean_b**2) + self.eps)
+            similarity = covariance**2 / variances if self.squared else covariance / torch.sqrt(variances)
+            return 1.0 - similarity.mean()
+
+
+class DiffusionLoss(_Loss):
+    """Mean squared forward difference of a ddf, summed over the axes.
+
+    `monai.losses.DiffusionLoss` takes central differences on the interior: about equal for smooth fields, but blind to
+    displacements that alternate from voxel to voxel, and it refuses axes of fewer than three voxels. Here differences
+    are between neighbors, each axis counts all of them, and an axis of one voxel contributes 0.
+
+    Example:
+        >>> round(DiffusionLoss()(0.1 * identity_grid([8, 8])).item(), 6)  # each axis stretches one of two components
+        0.01
+    """
+
+    def forward(self, ddf: torch.Tensor) -> torch.Tensor:
+        """Measure how much neighboring displacements differ.
+
+        Args:
+            ddf: `(B, D, *spatial)`, voxels, D from 1 to 3.
+
+        Returns:
+            scalar, voxels^2 per voxel^2; the mean is over batch, components and pairs of neighbors.
+
+        Raises:
+            ValueError: if the shape is not of that form.
+        """
+        _check_ddf(ddf, "a ddf", "DiffusionLoss", (1, 2, 3))
+        ddf = _full_precision(ddf)
+        axes = [axis for axis in range(2, ddf.dim()) if ddf.shape[axis] > 1]
+        # The empty sum keeps the graph, so that a single voxel has a gradient (zero) too.
+        return sum((ddf.diff(dim=axis).square().mean() for axis in axes), start=0.0 * ddf.sum())
+
+
+class GradICONLoss(_Loss):
+    """Mean squared gradient of the inverse consistency error of two ddfs: it lets large smooth motion pass.
+
+    At points `x`, the moving voxels plus Gaussian noise, the error of going to the fixed image and back is
+    `e(x) = ddf_moving_to_fixed(x) + ddf_fixed_to_moving(x + ddf_moving_to_fixed(x))`. The loss is the sum over axes `k`
+    of the mean over batch, components and points of `((e(x + step k) - e(x)) / step)^2`.
+    Steps and noise are in voxels along every axis, where the authors use fractions of the image; the defaults are
+    theirs for an image of about 200 voxels an axis. Outside its grid a ddf continues as its border values.
+
+    Reference: Tian et al., "GradICON: Approximate Diffeomorphisms via Gradient Inverse Consistency", CVPR 2023,
+    https://arxiv.org/abs/2206.05897.
+
+    Args:
+        step: length of the finite difference in voxels.
+        noise: standard deviation of the points around the voxel centers, in voxels; one draw serves a whole batch.
+        seed: draws the same points at every call, on any device; None draws from torch's global generator.
+        stride: take the points around every `stride`-th voxel along each axis only; with 2, an eighth of the points
+            and about a quarter of the time in 3D. `noise=2.0` then reaches the voxels between, as the authors have it.
+
+    Raises:
+        ValueError: if `step` or `stride` is not positive or `noise` is negative.
+
+    Example:
+        >>> there = torch.full((1, 2, 8, 8), 3.0)
+        >>> GradICONLoss()(there, -there).item() < 1e-9
+        True
+    """
+
+    def __init__(self, step: float = 0.2, noise: float = 1.0, seed: int | None = None, stride: int = 1) -> None:
+        super().__init__()
+        if not (step > 0 and noise >= 0 and stride >= 1):
+            raise ValueError(
+                f"GradICONLoss expects step > 0, noise >= 0 and stride >= 1, got {step}, {noise} and {stride}."
+            )
+        self.step = float(step)
+        self.noise = float(noise)
+        self.seed = seed
+        self.stride = stride
+
+    def _points(self, ddf: torch.Tensor) -> torch.Tensor:
+        """Draw the points, as displacements of the `(1, D, *ceil(moving shape / stride))` grid, voxels."""
+        shape = [-(-size // self.stride) for size in ddf.shape[2:]]
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        device = ddf.device if generator is None else torch.device("cpu")  # one seed, the same points on all devices
+        noise = torch.randn((1, len(shape), *shape), dtype=ddf.dtype, device=device, generator=generator)
+        return (self.stride - 1) * identity_grid(shape, ddf.dtype, ddf.device) + self.noise * noise.to(ddf.device)
+
+    def forward(self, ddf_fixed_to_moving: torch.Tensor, ddf_moving_to_fixed: torch.Tensor) -> torch.Tensor:
+        """Measure how far the second ddf is from inverting the first one, up to a constant shift.
+
+        Args:
+            ddf_fixed_to_moving: `(B, D, *fixed shape)`, voxels, D = 2 or 3.
+            ddf_moving_to_fixed: `(B, D, *moving shape)`, voxels; the two shapes may differ.
+
+        Returns:
+            scalar, voxels^2 per voxel^2.
+
+        Raises:
+            ValueError: if the shapes are not of that form, or B and D differ.
+        """
+        _check_ddf(ddf_fixed_to_moving, "ddf_fixed_to_moving", "GradICONLoss", (2, 3))
+        _check_ddf(ddf_moving_to_fixed, "ddf_moving_to_fixed", "GradICONLoss", (2, 3))
+        if ddf_fixed_to_moving.shape[:2] != ddf_moving_to_fixed.shape[:2]:
+            raise ValueError(
+                "GradICONLoss expects two ddfs with the same batch size and number of axes, "
+                f"got {list(ddf_fixed_to_moving.shape)} and {list(ddf_moving_to_fixed.shape)}."
+            )
+        back, there = _full_precision(ddf_fixed_to_moving), _full_precision(ddf_moving_to_fixed)
+        points = self._points(there)
+        points = points.expand(there.shape[0], *points.shape[1:])
+
+        def error(at: torch.Tensor) -> torch.Tensor:
+            to_fixed = warp(there, at)
+            return to_fixed + warp(back, at + to_fixed)
+
+        base = error(points)
+        total = torch.zeros((), dtype=base.dtype, device=base.device)
+        for axis in range(there.dim() - 2):
+            ahead = points.clone()
+            ahead[:, axis] += self.step
+            total = total + ((error(ahead) - base) / self.step).square().mean()
+        return total
+
+
+class RegistrationLoss(_Loss):
+    """Join similarity, regularity and inverse consistency into the loss of a pair network.
+
+    `sum of similarity(moved, target) + regularity_weight * mean of regularity(ddf) + consistency_weight *
+    consistency(ddf_fixed_to_moving, ddf_moving_to_fixed)`, over the one or two directions in the prediction.
+    A term with weight 0 is not computed.
+
+    Args:
+        similarity: any MONAI loss or callable `f(pred, target)`, for example `LocalCorrelationLoss()`.
+        regularity: callable of one ddf, for example `DiffusionLoss()` or MONAI's `BendingEnergyLoss()`.
+        regularity_weight: factor of the regularity, which is averaged over the directions.
+        consistency: callable of both ddfs, for example `GradICONLoss()`; used only when there are two directions.
+        consistency_weight: factor of the consistency.
+
+    Example:
+        >>> loss = RegistrationLoss(torch.nn.MSELoss(), DiffusionLoss())
+        >>> pair = torch.ones(1, 2, 8, 8)
+        >>> pred = torch.cat([torch.zeros(1, 2, 8, 8), pair[:, :1]], dim=1)
+        >>> loss(pred, pair).item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        regularity: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        regularity_weight: float = 1.0,
+        consistency: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        consistency_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.similarity = similarity
+        self.regularity = regularity
+        self.regularity_weight = regularity_weight
+        self.consistency = consistency
+        self.consistency_weight = consistency_weight
+
+    def forward(self, pred: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Score the answer of a pair network.
+
+        Args:
+            pred: `(B, D + C, *spatial)`: the ddf in voxels, then the moved image, compared with the fixed one; or
+                `(B, 2 (D + C), *spatial)`: the same, then ddf from moving to fixed and the fixed image warped by it,
+                compared with the moving one.
+            label: `(B, 2 C, *spatial)`: the stacked pair, moving channels first, then fixed.
+
+        Returns:
+            scalar.
+
+        Raises:
+            ValueError: if the shapes are not of that form.
+        """
+        dims = label.dim() - 2
+        channels = label.shape[1] // 2 if dims > 0 else 0
+        two_way = pred.dim() > 1 and pred.shape[1] == 2 * (dims + channels)
+        expected = (2 if two_way else 1) * (dims + channels)
+        if channels == 0 or label.shape[1] % 2 or pred.shape != (label.shape[0], expected, *label.shape[2:]):
+            raise ValueError(
+                "RegistrationLoss expects label (B, 2 C, *spatial) and pred (B, D + C, *spatial) or "
+                f"(B, 2 (D + C), *spatial) with D spatial axes, got {list(label.shape)} and {list(pred.shape)}."
+            )
+        moving, fixed = convert_to_tensor(label, track_meta=False).split(channels, dim=1)
+        parts = convert_to_tensor(pred, track_meta=False).split([dims, channels] * (2 if two_way else 1), dim=1)
+        ddfs, moved = parts[0::2], parts[1::2]
+        total = self.similarity(moved[0], fixed)
+        if two_way:
+            total = total + self.similarity(moved[1], moving)
+        if self.regularity is not None and self.regularity_weight != 0:
+            total = total + self.regularity_weight * torch.stack([self.regularity(ddf) for ddf in ddfs]).mean()
+        if self.consistency is not None and self.consistency_weight != 0 and two_way:
+            total = total + self.consistency_weight * self.consistency(ddfs[0], ddfs[1])
+        return total
+
+
+class RegularityWarmup:
+    """Train on regularity alone for the first epochs, and on consistency alone afterwards.
+
+    Coordinate attention does not start to train from scratch under GradICON, but does under diffusion, which in turn
+    would hold back large deformations later. The handler sets the loss's two weights at the start of every epoch from
+    the epoch's number, so that a resumed run goes on with the right ones.
+
+    Args:
+        loss: a `RegistrationLoss` with both terms; its weights at this time are those that are switched on.
+        warmup_epochs: number of epochs with regularity; 0 for none.
+
+    Raises:
+        ValueError: if the loss lacks a term or its weight, or `warmup_epochs` is negative.
+
+    Example:
+        >>> loss = RegistrationLoss(LocalCorrelationLoss(), DiffusionLoss(), 1.5, GradICONLoss(), 2.5)
+        >>> trainer = Engine(lambda engine, batch: (loss.regularity_weight, loss.consistency_weight))
+        >>> RegularityWarmup(loss, warmup_epochs=1).attach(trainer)
+        >>> trainer.run([0], max_epochs=1).output, trainer.run([0], max_epochs=2).output
+        ((1.5, 0.0), (0.0, 2.5))
+    """
+
+    def __init__(self, loss: RegistrationLoss, warmup_epochs: int) -> None:
+        weights = (loss.regularity_weight, loss.consistency_weight)
+        if loss.regularity is None or loss.consistency is None or 0 in weights:
+            raise ValueError(
+                "RegularityWarmup expects a loss with regularity, consistency and weights other than 0, "
+                f"got {loss.regularity}, {loss.consistency} and weights {weights}."
+            )
+        if warmup_epochs < 0:
+            raise ValueError(f"RegularityWarmup expects warmup_epochs of at least 0, got {warmup_epochs}.")
+        self.loss = loss
+        self.warmup_epochs = warmup_epochs
+        self._weights = weights
+
+    def attach(self, engine: Engine) -> None:
+        """Let a trainer call this handler at the start of each epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the weights for the engine's current epoch, counted from 1."""
+        warm = engine.state.epoch <= self.warmup_epochs
+        self.loss.regularity_weight = self._weights[0] if warm else 0.0
+        self.loss.consistency_weight = 0.0 if warm else self._weights[1]

@@ -1,0 +1,192 @@
+"""Where an image has content, and how its grid moves with it: tensor arithmetic that traces, scripts and exports.
+
+Background is exactly 0, and content is every voxel at which any channel differs from it. The networks look at the
+content's bounding box, grown by a margin: it follows the content wherever the content moves, and is found from the
+image alone, never by comparing features. Boxes are integer tensors `(B, D)` so that each sample of a batch has its own.
+"""
+
+from typing import List, Tuple
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["box_mask", "check_pair", "clamp_to_box", "content_box", "has_content", "keep_if_content", "shift_grid"]
+
+
+def check_pair(moving: torch.Tensor, fixed: torch.Tensor, spatial_dims: int, in_channels: int) -> None:
+    """Refuse a pair of images that a network cannot take.
+
+    Args:
+        moving: `(B, C, *moving shape)`.
+        fixed: `(B, C, *fixed shape)`; the spatial shapes may differ.
+        spatial_dims: number of spatial axes the network was built for.
+        in_channels: number of channels it was built for.
+
+    Raises:
+        ValueError: if an image has another number of axes or channels, an empty axis, or another batch size.
+    """
+    for name, image in (("moving", moving), ("fixed", fixed)):
+        if image.dim() != spatial_dims + 2:
+            raise ValueError(
+                f"the {name} image must have {spatial_dims + 2} axes (batch, channel and {spatial_dims} spatial ones), "
+                f"got shape {list(image.shape)}."
+            )
+        if image.shape[1] != in_channels:
+            raise ValueError(
+                f"the {name} image must have {in_channels} channel(s), got {image.shape[1]} in shape "
+                f"{list(image.shape)}."
+            )
+        if image.numel() == 0:
+            raise ValueError(f"the {name} image must not have an empty axis, got shape {list(image.shape)}.")
+    if moving.shape[0] != fixed.shape[0]:
+        raise ValueError(
+            f"moving and fixed must have one batch size, got {moving.shape[0]} and {fixed.shape[0]} in shapes "
+            f"{list(moving.shape)} and {list(fixed.shape)}."
+        )
+
+
+def has_content(image: torch.Tensor) -> torch.Tensor:
+    """Tell for each sample whether anything in it differs from background.
+
+    Args:
+        image: `(B, C, *shape)`.
+
+    Returns:
+        `(B,)`, boolean.
+
+    Example:
+        >>> has_content(torch.tensor([[[0.0, 0.0]], [[0.0, 0.5]]])).tolist()
+        [False, True]
+    """
+    return (image != 0).flatten(1).any(dim=1)
+
+
+def keep_if_content(ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+    """Replace the ddf of a sample by zero where either image is empty: nothing is there to register.
+
+    Args:
+        ddf: `(B, D, *shape)`, voxels.
+        moving: `(B, C, *moving shape)`.
+        fixed: `(B, C, *fixed shape)`.
+
+    Returns:
+        `(B, D, *shape)`, voxels.
+    """
+    keep = has_content(moving) & has_content(fixed)
+    return torch.where(keep.reshape([-1] + [1] * (ddf.dim() - 1)), ddf, torch.zeros_like(ddf))
+
+
+def content_box(image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Find the bounding box of each sample's content.
+
+    Args:
+        image: `(B, C, *shape)`.
+
+    Returns:
+        First and last index of the content along each axis, both `(B, D)`, integer; an empty sample gives the whole
+        canvas.
+
+    Example:
+        >>> first, last = content_box(torch.tensor([[[0.0, 0.0, 3.0, 1.0, 0.0]]]))
+        >>> first.tolist(), last.tolist()
+        ([[2]], [[3]])
+    """
+    content = (image != 0).any(dim=1)
+    empty = ~content.flatten(1).any(dim=1)
+    firsts: List[torch.Tensor] = []
+    lasts: List[torch.Tensor] = []
+    for k in range(image.dim() - 2):
+        size = image.shape[2 + k]
+        profile = content.transpose(1, 1 + k).flatten(2).any(dim=2) | empty.unsqueeze(1)  # (B, size)
+        index = torch.arange(size, device=image.device).unsqueeze(0)
+        firsts.append(torch.where(profile, index, torch.full_like(index, size)).amin(dim=1))
+        lasts.append(torch.where(profile, index, torch.full_like(index, -1)).amax(dim=1))
+    return torch.stack(firsts, dim=1), torch.stack(lasts, dim=1)
+
+
+def box_mask(first: torch.Tensor, last: torch.Tensor, shape: List[int]) -> torch.Tensor:
+    """Mark the voxels of a grid that lie in each sample's box.
+
+    Args:
+        first: `(B, D)`, first index of the box along each axis; may lie outside the grid.
+        last: `(B, D)`, last index.
+        shape: shape of the grid.
+
+    Returns:
+        `(B, 1, *shape)`, boolean.
+
+    Example:
+        >>> box_mask(torch.tensor([[1]]), torch.tensor([[2]]), [4]).tolist()
+        [[[False, True, True, False]]]
+    """
+    mask = torch.ones([first.shape[0], 1] + [1] * len(shape), dtype=torch.bool, device=first.device)
+    for k, size in enumerate(shape):
+        index = torch.arange(size, device=first.device).unsqueeze(0)
+        inside = (index >= first[:, k : k + 1]) & (index <= last[:, k : k + 1])
+        view = [first.shape[0]] + [1] * (len(shape) + 1)
+        view[2 + k] = size
+        mask = mask & inside.reshape(view)
+    return mask
+
+
+def _take(values: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
+    """Pick indices `(B, n)` along one axis of `(B, C, *shape)`, each sample its own."""
+    view = [index.shape[0]] + [1] * (values.dim() - 1)
+    view[axis] = index.shape[1]
+    size = list(values.shape)
+    size[axis] = index.shape[1]
+    return values.gather(axis, index.reshape(view).expand(size))
+
+
+def clamp_to_box(values: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Continue what lies inside each sample's box over the whole grid, each voxel taking the nearest value in the box.
+
+    Args:
+        values: `(B, C, *shape)`.
+        first: `(B, D)`, first index of the box along each axis, inside the grid.
+        last: `(B, D)`, last index.
+
+    Returns:
+        `(B, C, *shape)`.
+
+    Example:
+        >>> clamp_to_box(torch.arange(5.0).reshape(1, 1, 5), torch.tensor([[1]]), torch.tensor([[3]])).tolist()
+        [[[1.0, 1.0, 2.0, 3.0, 3.0]]]
+    """
+    for k in range(values.dim() - 2):
+        index = torch.arange(values.shape[2 + k], device=values.device).unsqueeze(0)
+        index = torch.minimum(torch.maximum(index, first[:, k : k + 1]), last[:, k : k + 1])
+        values = _take(values, index, 2 + k)
+    return values
+
+
+def shift_grid(values: torch.Tensor, offset: torch.Tensor, shape: List[int], padding: str) -> torch.Tensor:
+    """Move each sample's grid by whole voxels and crop or pad it: `result(x) = values(x + offset)`.
+
+    Args:
+        values: `(B, C, *old shape)`.
+        offset: `(B, D)`, integer, voxels.
+        shape: shape of the result.
+        padding: outside the old grid, "zeros" (background) or "border" (the nearest value).
+
+    Returns:
+        `(B, C, *shape)`.
+
+    Example:
+        >>> shift_grid(torch.arange(1.0, 4.0).reshape(1, 1, 3), torch.tensor([[1]]), [4], "zeros").tolist()
+        [[[2.0, 3.0, 0.0, 0.0]]]
+    """
+    inside = torch.ones([1] * values.dim(), dtype=torch.bool, device=values.device)
+    for k, size in enumerate(shape):
+        old = values.shape[2 + k]
+        index = torch.arange(size, device=values.device).unsqueeze(0) + offset[:, k : k + 1]
+        values = _take(values, index.clamp(0, old - 1), 2 + k)
+        view = [index.shape[0]] + [1] * (values.dim() - 1)
+        view[2 + k] = size
+        inside = inside & ((index >= 0) & (index < old)).reshape(view)
+    return values * inside.to(values.dtype) if padding == "zeros" else values
+
+
+def pad_all(image: torch.Tensor, margin: int) -> torch.Tensor:
+    """Surround `(B, C, *shape)` by `margin` voxels of background on every side."""
+    return F.pad(image, [margin] * (2 * (image.dim() - 2)))

@@ -1,0 +1,169 @@
+"""Coordinate attention: register by looking up, for each fixed voxel, where its feature lies in the moving image."""
+
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..fields import identity_grid
+from .active import box_mask, check_pair, clamp_to_box, content_box, keep_if_content, pad_all
+from .encoder import Encoder
+
+__all__ = ["CoordinateAttention", "attend"]
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Average values by softmax weights of the unscaled products of queries and keys, in memory linear in both.
+
+    Args:
+        queries: `(B, Q, F)`.
+        keys: `(B, K, F)`.
+        values: `(B, K, V)`, V at most F.
+        allowed: `(B, K)`, boolean, at least one true in each sample; other keys get no weight.
+
+    Returns:
+        `(B, Q, V)`.
+
+    Example:
+        >>> one_hot = torch.eye(3).unsqueeze(0)
+        >>> allowed = torch.tensor([[True, False, False]])
+        >>> attend(one_hot, one_hot, torch.arange(3.0).reshape(1, 3, 1) + 5.0, allowed).flatten().tolist()
+        [5.0, 5.0, 5.0]
+    """
+    # Values as wide as the keys and a mask of one row keep torch on its fused kernel, which never builds the Q x K
+    # matrix; narrower values or an expanded mask fall back to the quadratic one.
+    width = values.shape[2]
+    values = F.pad(values, [0, keys.shape[2] - width])
+    answer = F.scaled_dot_product_attention(
+        queries.unsqueeze(1),
+        keys.unsqueeze(1),
+        values.unsqueeze(1),
+        attn_mask=allowed[:, None, None, :],
+        scale=1.0,
+    )
+    return answer.squeeze(1)[:, :, :width]
+
+
+class CoordinateAttention(nn.Module):
+    """The deck's equivariant network: softmax attention whose values are coordinates.
+
+    Both images go through one encoder; each fixed voxel's feature is compared with all features of the moving image,
+    and the answer is the average of their coordinates. When the moving content moves, keys and coordinates move with
+    it; when the fixed content moves, queries move. Features depend on the content only (see `Encoder`) and the keys are
+    the moving content's bounding box, grown by `padding`, so the answer follows exactly. Outside the bounding box of
+    the fixed content the displacement of the nearest voxel inside continues.
+
+    Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025,
+    https://arxiv.org/abs/2405.16738.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of an image.
+        feature_channels: length of a feature.
+        padding: by how many voxels the content's box is grown to the active set; the authors use 9.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> net = CoordinateAttention(spatial_dims=2, in_channels=1, feature_channels=8)
+        >>> net(torch.rand(1, 1, 7, 9), torch.rand(1, 1, 6, 5)).shape
+        torch.Size([1, 2, 6, 5])
+    """
+
+    def __init__(
+        self, spatial_dims: int, in_channels: int = 1, feature_channels: int = 128, *, padding: int = 2
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        if in_channels < 1 or feature_channels < spatial_dims or padding < 0:
+            raise ValueError(
+                f"in_channels must be at least 1, feature_channels at least spatial_dims and padding at least 0, "
+                f"got {in_channels}, {feature_channels} and {padding}."
+            )
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.padding = padding
+        self.encoder = Encoder(spatial_dims, in_channels, feature_channels)
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Register a pair of images.
+
+        Args:
+            moving: `(B, C, *moving shape)`, background 0.
+            fixed: `(B, C, *fixed shape)`, background 0; the shapes may differ.
+
+        Returns:
+            ddf `(B, D, *fixed shape)`, voxels; zero for a sample of which either image is empty.
+
+        Raises:
+            ValueError: if the images do not fit the network or each other.
+        """
+        check_pair(moving, fixed, self.spatial_dims, self.in_channels)
+        moving_features, moving_allowed = self._encode(moving)
+        fixed_features, _ = self._encode(fixed)
+        return self._match(moving, moving_features, moving_allowed, fixed, fixed_features)
+
+    @torch.jit.unused
+    def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Register a pair in both directions, encoding each image once.
+
+        In training, images of one shape are encoded as one batch, which gives batch normalization both of them.
+
+        Args:
+            moving: `(B, C, *moving shape)`.
+            fixed: `(B, C, *fixed shape)`.
+
+        Returns:
+            The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
+        """
+        check_pair(moving, fixed, self.spatial_dims, self.in_channels)
+        if self.training and moving.shape == fixed.shape:
+            features, allowed = self._encode(torch.cat([moving, fixed]))
+            moving_features, fixed_features = features.chunk(2)
+            moving_allowed, fixed_allowed = allowed.chunk(2)
+        else:
+            moving_features, moving_allowed = self._encode(moving)
+            fixed_features, fixed_allowed = self._encode(fixed)
+        return (
+            self._match(moving, moving_features, moving_allowed, fixed, fixed_features),
+            self._match(fixed, fixed_features, fixed_allowed, moving, moving_features),
+        )
+
+    def _encode(self, image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return features `(B, F, *padded shape)` and the active set `(B, 1, *padded shape)` of the padded image."""
+        first, last = content_box(image)
+        padded = pad_all(image, self.padding)
+        # On the padded grid the content's box starts at first + padding; grown by the padding it starts at first.
+        active = box_mask(first, last + 2 * self.padding, padded.shape[2:])
+        return self.encoder(padded, active.to(image.dtype)), active
+
+    def _match(
+        self,
+        moving: torch.Tensor,
+        moving_features: torch.Tensor,
+        allowed: torch.Tensor,
+        fixed: torch.Tensor,
+        fixed_features: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend from the fixed voxels, cropped back, to the moving voxels, padded with the identity continued."""
+        queries = fixed_features
+        for k in range(self.spatial_dims):
+            queries = queries.narrow(2 + k, self.padding, fixed.shape[2 + k])
+        first, last = content_box(moving)
+        view = [moving.shape[0], self.spatial_dims] + [1] * self.spatial_dims
+        # Coordinates relative to the content's center: small numbers, small rounding.
+        center = (0.5 * (first + last)).to(moving.dtype).reshape(view)
+        coordinates = identity_grid(moving_features.shape[2:], moving.dtype, moving.device) - self.padding - center
+        answer = attend(
+            queries.flatten(2).transpose(1, 2),
+            moving_features.flatten(2).transpose(1, 2),
+            coordinates.flatten(2).transpose(1, 2),
+            allowed.flatten(1),
+        )
+        found = answer.transpose(1, 2).reshape(list(queries.shape[:1]) + [self.spatial_dims] + list(fixed.shape[2:]))
+        ddf = found + (center - identity_grid(fixed.shape[2:], fixed.dtype, fixed.device))
+        fixed_first, fixed_last = content_box(fixed)
+        return keep_if_content(clamp_to_box(ddf, fixed_first, fixed_last), moving, fixed)

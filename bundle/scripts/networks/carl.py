@@ -1,0 +1,159 @@
+"""The assembled network: coordinate attention at low resolution, refined by displacement U-Nets."""
+
+import json
+from typing import Any, Sequence, Tuple
+
+import torch
+from torch import nn
+
+from .attention import CoordinateAttention
+from .combinators import Downsample, TwoStep, both, first_step
+from .refinement import DisplacementUNet
+
+__all__ = ["CARL", "NESTINGS"]
+
+NESTINGS = ("deck", "right", "left")
+
+
+class CARL(nn.Module):
+    """Deformable registration that is equivariant to independent translations of the two images, by construction.
+
+    With Xi for `CoordinateAttention`, Psi1 and Psi2 for `DisplacementUNet`, f for `factor` and Down_k for `Downsample`
+    by k, the nestings are
+
+    - "deck": `TwoStep{TwoStep{Down_f{Xi}, Psi1}, Psi2}`, both U-Nets at full resolution;
+    - "right": `TwoStep{Down_f{Xi}, TwoStep{Down_2{Psi1}, Psi2}}`, the published network's;
+    - "left": `TwoStep{Down_2{TwoStep{Down_(f/2){Xi}, Psi1}}, Psi2}`.
+
+    `nesting="right", factor=4, refinement_channels=(16, 32, 64, 256, 512)` has the layers of the published network.
+
+    The state dict describes the network: an extra entry holds the constructor's arguments, from which
+    `equireg.load_network` rebuilds it.
+
+    Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025,
+    https://arxiv.org/abs/2405.16738.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of an image.
+        feature_channels: length of an attention feature.
+        factor: how much coarser than the images the attention works.
+        nesting: "deck", "right" or "left".
+        refinement_channels: widths of every U-Net.
+        extra_refinements: further U-Nets at full resolution, after the others.
+        padding: by how many voxels, at the attention's resolution, the content's box is grown to the active set.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> net = CARL(spatial_dims=2, feature_channels=8, refinement_channels=(4, 8)).eval()
+        >>> net(torch.rand(1, 1, 17, 12), torch.rand(1, 1, 15, 20)).shape
+        torch.Size([1, 2, 15, 20])
+    """
+
+    __jit_unused_properties__ = ["arguments"]
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int = 1,
+        feature_channels: int = 128,
+        *,
+        factor: int = 4,
+        nesting: str = "deck",
+        refinement_channels: Sequence[int] = (16, 32, 64, 256, 512),
+        extra_refinements: int = 0,
+        padding: int = 2,
+    ) -> None:
+        super().__init__()
+        if nesting not in NESTINGS:
+            raise ValueError(f"nesting must be one of {', '.join(NESTINGS)}, got '{nesting}'.")
+        if factor < 1 or (nesting == "left" and factor % 2):
+            raise ValueError(f"factor must be at least 1, and even for nesting 'left', got {factor}.")
+        if extra_refinements < 0:
+            raise ValueError(f"extra_refinements must be at least 0, got {extra_refinements}.")
+        self._arguments: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "in_channels": in_channels,
+            "feature_channels": feature_channels,
+            "factor": factor,
+            "nesting": nesting,
+            "refinement_channels": list(refinement_channels),
+            "extra_refinements": extra_refinements,
+            "padding": padding,
+        }
+
+        def refinement() -> nn.Module:
+            return DisplacementUNet(spatial_dims, in_channels, refinement_channels)
+
+        attention = CoordinateAttention(spatial_dims, in_channels, feature_channels, padding=padding)
+        if nesting == "deck":
+            first: nn.Module = Downsample(attention, factor, content_phase=True)
+            steps: nn.Module = TwoStep(TwoStep(first, refinement()), refinement())
+        elif nesting == "right":
+            first = Downsample(attention, factor, content_phase=True)
+            steps = TwoStep(first, TwoStep(Downsample(refinement(), 2), refinement()))
+        else:
+            first = Downsample(attention, factor // 2, content_phase=True)
+            steps = TwoStep(Downsample(TwoStep(first, refinement()), 2, content_phase=True), refinement())
+        for _ in range(extra_refinements):
+            steps = TwoStep(steps, refinement())
+        self.steps = steps
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Register a pair of images.
+
+        Args:
+            moving: `(B, C, *moving shape)`, background 0, spacing and direction as the fixed image's.
+            fixed: `(B, C, *fixed shape)`, background 0; the shapes may differ.
+
+        Returns:
+            ddf `(B, D, *fixed shape)`, voxels; zero for a sample of which either image is empty.
+
+        Raises:
+            ValueError: if the images do not fit the network or each other.
+        """
+        return self.steps(moving, fixed)
+
+    @torch.jit.unused
+    def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Register in both directions, encoding each image once.
+
+        Args:
+            moving: `(B, C, *moving shape)`.
+            fixed: `(B, C, *fixed shape)`.
+
+        Returns:
+            The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
+        """
+        return both(self.steps, moving, fixed)
+
+    @torch.jit.unused
+    def attention_stage(self) -> nn.Module:
+        """Return the network before any refinement, sharing its parameters: called `stage(moving, fixed)`."""
+        return first_step(self.steps)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, by name: `CARL(**net.arguments)` builds the same layers."""
+        return dict(self._arguments)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return the constructor's arguments as the bytes of a JSON text, a tensor so that any loader takes it."""
+        return torch.tensor(list(json.dumps(self._arguments).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Ignore the arguments in a state dict: they describe it; parameters that do not fit are refused by name."""
+
+
+def arguments_from_state(state: torch.Tensor) -> dict[str, Any]:
+    """Read the constructor's arguments from the extra entry of a state dict.
+
+    Args:
+        state: `(N,)`, bytes, what `CARL.get_extra_state` returned.
+
+    Returns:
+        Keyword arguments of `CARL`.
+    """
+    return json.loads(bytes(state.tolist()).decode())

@@ -1,0 +1,193 @@
+"""Networks made of networks: two registrations in a row, and a registration at a lower resolution.
+
+Both take and are any module called `net(moving, fixed)` that returns a ddf, so they nest. A network that can register
+both directions for less than the price of two offers `both(moving, fixed)`; `both` below falls back to two calls.
+"""
+
+from typing import List, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..fields import compose, resize, warp
+from .active import content_box, keep_if_content, shift_grid
+
+__all__ = ["Downsample", "TwoStep", "both", "first_step"]
+
+
+def both(net: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Register a pair in both directions with any network.
+
+    Args:
+        net: called `net(moving, fixed)`; its method `both` is used if it has one.
+        moving: `(B, C, *moving shape)`.
+        fixed: `(B, C, *fixed shape)`.
+
+    Returns:
+        The ddfs of `net(moving, fixed)` on the fixed and of `net(fixed, moving)` on the moving grid.
+    """
+    if hasattr(net, "both"):
+        return net.both(moving, fixed)
+    return net(moving, fixed), net(fixed, moving)
+
+
+class TwoStep(nn.Module):
+    """Register with one network, warp, register the rest with another, and compose.
+
+    If `first` is equivariant to independent translations of the images and `second` to translations of both together,
+    the composition is equivariant to independent ones: `first` hands `second` a moved image in which the moving image's
+    translation is gone.
+
+    Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025,
+    https://arxiv.org/abs/2405.16738.
+
+    Args:
+        first: a network called `first(moving, fixed)`.
+        second: a network called `second(moved, fixed)`, both images on the fixed grid.
+
+    Example:
+        >>> class Half(nn.Module):
+        ...     def forward(self, moving, fixed):
+        ...         return torch.full((1, 2, 4, 4), 0.5)
+        >>> TwoStep(Half(), Half())(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4, 4)).unique().tolist()
+        [1.0]
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.second = second
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Register a pair of images.
+
+        Args:
+            moving: `(B, C, *moving shape)`, background 0.
+            fixed: `(B, C, *fixed shape)`, background 0.
+
+        Returns:
+            ddf `(B, D, *fixed shape)`, voxels.
+        """
+        ddf = self.first(moving, fixed)
+        moved = warp(moving, ddf, mode="linear", padding="zeros")
+        return compose(ddf, self.second(moved, fixed))
+
+    @torch.jit.unused
+    def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Register in both directions; arguments and results as for the function `both`."""
+        ddf, ddf_back = both(self.first, moving, fixed)
+        moved = warp(moving, ddf, mode="linear", padding="zeros")
+        moved_back = warp(fixed, ddf_back, mode="linear", padding="zeros")
+        return compose(ddf, self.second(moved, fixed)), compose(ddf_back, self.second(moved_back, moving))
+
+
+class Downsample(nn.Module):
+    """Average-pool both images, register them, and lift the ddf.
+
+    Images are padded with background at their end to a multiple of the factor; coarse voxel `c` is the mean of the fine
+    voxels from `factor * c + phase` on, so its center sits at fine index `factor * c + (factor - 1) / 2 + phase`, and
+    a coarse displacement `u` is the fine one `factor * u + phase of moving - phase of fixed`.
+
+    The phases are 0, which makes the result equivariant to translations by multiples of the factor. With
+    `content_phase` each image's blocks are counted from the first voxel of its content instead: then every whole-voxel
+    translation of either image leaves its pooled content unchanged, and the result is equivariant to all of them. It
+    suits a network that answers for each image's position apart (attention), not one that expects both images on one
+    grid (a U-Net), and needs content that is found in the input and not in a warped image.
+
+    Args:
+        net: a network called `net(moving, fixed)`.
+        factor: pooling factor along every axis.
+        content_phase: whether blocks are counted from the content.
+
+    Raises:
+        ValueError: if the factor is less than 1.
+
+    Example:
+        >>> class Half(nn.Module):
+        ...     def forward(self, moving, fixed):
+        ...         return torch.full((1, 2, *fixed.shape[2:]), 0.5)
+        >>> ddf = Downsample(Half(), 4)(torch.rand(1, 1, 9, 6), torch.rand(1, 1, 9, 6))
+        >>> ddf.shape, ddf.unique().tolist()
+        (torch.Size([1, 2, 9, 6]), [2.0])
+    """
+
+    def __init__(self, net: nn.Module, factor: int, content_phase: bool = False) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, got {factor}.")
+        self.net = net
+        self.factor = factor
+        self.content_phase = content_phase
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Register a pair of images.
+
+        Args:
+            moving: `(B, C, *moving shape)`, background 0.
+            fixed: `(B, C, *fixed shape)`, background 0.
+
+        Returns:
+            ddf `(B, D, *fixed shape)`, voxels; zero for a sample of which either image is empty.
+        """
+        moving_phase, fixed_phase = self._phase(moving), self._phase(fixed)
+        ddf = self.net(self._pool(moving, moving_phase), self._pool(fixed, fixed_phase))
+        return keep_if_content(self._lift(ddf, moving_phase, fixed_phase, fixed.shape[2:]), moving, fixed)
+
+    @torch.jit.unused
+    def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Register in both directions; arguments and results as for the function `both`."""
+        moving_phase, fixed_phase = self._phase(moving), self._phase(fixed)
+        ddf, ddf_back = both(self.net, self._pool(moving, moving_phase), self._pool(fixed, fixed_phase))
+        return (
+            keep_if_content(self._lift(ddf, moving_phase, fixed_phase, fixed.shape[2:]), moving, fixed),
+            keep_if_content(self._lift(ddf_back, fixed_phase, moving_phase, moving.shape[2:]), moving, fixed),
+        )
+
+    def _phase(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the fine index at which coarse voxel 0 begins, `(B, D)`, from 0 to factor - 1."""
+        if not self.content_phase:
+            return torch.zeros([image.shape[0], image.dim() - 2], dtype=torch.long, device=image.device)
+        first, _ = content_box(image)
+        return first % self.factor
+
+    def _pool(self, image: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+        """Average blocks of voxels counted from the phase: what lies before it is background."""
+        shape = [(size + self.factor - 1) // self.factor * self.factor for size in image.shape[2:]]
+        image = shift_grid(image, phase, shape, "zeros")
+        if image.dim() == 4:
+            return F.avg_pool2d(image, self.factor)
+        return F.avg_pool3d(image, self.factor)
+
+    def _lift(
+        self, ddf: torch.Tensor, moving_phase: torch.Tensor, fixed_phase: torch.Tensor, shape: List[int]
+    ) -> torch.Tensor:
+        """Place a coarse ddf on the fine grid and count displacements in fine voxels between unshifted grids."""
+        fine = shift_grid(resize(ddf, self.factor), -fixed_phase, shape, "border")
+        offset = (moving_phase - fixed_phase).to(fine.dtype)
+        return fine + offset.reshape(list(offset.shape) + [1] * len(shape))
+
+
+def first_step(net: nn.Module) -> nn.Module:
+    """Return what a nest of combinators does before any refinement, for the whole resolution: its attention stage.
+
+    The result shares its parameters with `net`.
+
+    Args:
+        net: a network, possibly made of `TwoStep` and `Downsample`.
+
+    Returns:
+        The innermost first network, wrapped in the `Downsample`s it lies in.
+
+    Example:
+        >>> net = TwoStep(Downsample(TwoStep(nn.Identity(), nn.Identity()), 2), nn.Identity())
+        >>> first_step(net)
+        Downsample(
+          (net): Identity()
+        )
+    """
+    if isinstance(net, TwoStep):
+        return first_step(net.first)
+    if isinstance(net, Downsample):
+        return Downsample(first_step(net.net), net.factor, net.content_phase)
+    return net

@@ -1,0 +1,68 @@
+"""The adapter for hosts that hand a network one tensor and take one back."""
+
+from typing import Tuple
+
+import torch
+from torch import nn
+
+from ..fields import warp
+from .combinators import both
+
+__all__ = ["PairNetwork"]
+
+
+class PairNetwork(nn.Module):
+    """Present a registration network as one that maps a stacked pair to a ddf and the moved image.
+
+    MONAI's verifiers, exporters, trainers and MONAI Label call a network with one tensor and expect one tensor.
+
+    In eval mode, and in scripted or traced form, the answer is the ddf followed by the moved image. In training mode it
+    goes on with the other direction: the ddf from moving to fixed points and the fixed image on the moving grid, which
+    share one grid here.
+
+    Args:
+        net: a network called `net(moving, fixed)`.
+        two_way: whether training mode answers in both directions.
+
+    Example:
+        >>> from equireg.networks import DisplacementUNet
+        >>> net = PairNetwork(DisplacementUNet(2, 1, channels=(4, 8)))
+        >>> pair = torch.rand(2, 2, 8, 8)
+        >>> net.train()(pair).shape, net.eval()(pair).shape
+        (torch.Size([2, 6, 8, 8]), torch.Size([2, 3, 8, 8]))
+    """
+
+    def __init__(self, net: nn.Module, two_way: bool = True) -> None:
+        super().__init__()
+        self.net = net
+        self.two_way = two_way
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Register a stacked pair.
+
+        Args:
+            image: `(B, 2C, *shape)`, the moving image's channels first, then the fixed image's; background 0.
+
+        Returns:
+            `(B, D + C, *shape)`: the ddf in voxels, then the moved image; in training mode with `two_way`,
+            `(B, 2 (D + C), *shape)`: the same again for the other direction.
+
+        Raises:
+            ValueError: if the number of channels is odd, or the images do not fit the network.
+        """
+        if image.dim() < 3 or image.shape[1] < 2 or image.shape[1] % 2 != 0:
+            raise ValueError(
+                f"expected a stacked pair (B, 2C, *spatial) with moving and fixed channels, got {list(image.shape)}."
+            )
+        channels = image.shape[1] // 2
+        moving, fixed = image[:, :channels], image[:, channels:]
+        if not torch.jit.is_scripting() and self.training and self.two_way:
+            ddf, ddf_back = self._both(moving, fixed)
+            back = warp(fixed, ddf_back, mode="linear", padding="zeros")
+            return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros"), ddf_back, back], dim=1)
+        ddf = self.net(moving, fixed)
+        return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros")], dim=1)
+
+    @torch.jit.unused
+    def _both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        return both(self.net, moving, fixed)

@@ -1,0 +1,144 @@
+"""Find, read and check trained weights, and rebuild the network they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .networks.carl import CARL, arguments_from_state
+
+__all__ = ["load_network", "read_state", "save_atomically", "save_weights", "shipped_weights"]
+
+_ARGUMENTS_KEY = "_extra_state"
+
+
+def _bundle_folder(name: str) -> Path:
+    """Return a folder of the bundle, which lies beside the package in a checkout and inside it once installed."""
+    here = Path(__file__).resolve().parent
+    inside, beside = here / name, here.parent / name
+    return inside if inside.is_dir() else beside
+
+
+def shipped_weights() -> dict[str, dict[str, Any]]:
+    """Return what the bundle's metadata says of the weights it ships.
+
+    Returns:
+        Name of the weights to their record: `file`, `sha256`, `network` (the arguments of `CARL`), and what they are.
+
+    Example:
+        >>> all({"file", "sha256", "network"} <= set(record) for record in shipped_weights().values())
+        True
+    """
+    metadata = json.loads((_bundle_folder("configs") / "metadata.json").read_text())
+    return metadata["weights"]
+
+
+def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -> CARL:
+    """Load a shipped or trained registration network, ready to use.
+
+    Args:
+        name_or_path: name of shipped weights, such as "hippocampus" or "vessels", or the path of a file that training
+            wrote: a flat state dict, or a checkpoint that holds one under "model".
+        device: where the network is put.
+
+    Returns:
+        The network in eval mode and float32, called `net(moving, fixed)`.
+
+    Raises:
+        FileNotFoundError: if the name is no shipped one and no file has that path.
+        ValueError: if the file holds no weights, or weights that do not fit the network they describe, or if a shipped
+            file is damaged.
+
+    Example:
+        >>> network = load_network("vessels")
+        >>> network(torch.rand(1, 1, 64, 64), torch.rand(1, 1, 64, 64)).shape
+        torch.Size([1, 2, 64, 64])
+    """
+    shipped = shipped_weights()
+    if str(name_or_path) in shipped:
+        record = shipped[str(name_or_path)]
+        path = _bundle_folder("models") / record["file"]
+        if _sha256(path) != record["sha256"]:
+            raise ValueError(f"the shipped weights {path} are damaged: their hash is not the recorded one.")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no weights '{name_or_path}': neither a file nor one of the shipped {', '.join(sorted(shipped))}."
+            )
+    state = read_state(path)
+    if _ARGUMENTS_KEY not in state:
+        raise ValueError(f"{path} does not say which network it belongs to (no entry '{_ARGUMENTS_KEY}').")
+    network = CARL(**arguments_from_state(state[_ARGUMENTS_KEY]))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit their network: {error}") from error
+    return network.to(device).eval()
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read the state dict of a registration network from a weights file or a checkpoint.
+
+    Args:
+        path: a flat state dict, or a dictionary that holds one under "model"; names may carry `PairNetwork`'s prefix.
+
+    Returns:
+        Parameter name of the network, without that prefix, to tensor.
+
+    Raises:
+        ValueError: if the file cannot be read or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable weights file: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, or such a dictionary under 'model'.")
+    return {name.removeprefix("net."): value for name, value in content.items()}
+
+
+def save_weights(source: str | Path, target: str | Path) -> str:
+    """Turn a checkpoint into a weights file to ship: the network alone, flat, in half precision.
+
+    Args:
+        source: a weights file or checkpoint, see `read_state`.
+        target: the file to write; it appears only when complete.
+
+    Returns:
+        The SHA-256 of the file written.
+
+    Raises:
+        ValueError: if the source holds no weights.
+    """
+    state = {f"net.{k}": v.half() if v.is_floating_point() else v for k, v in read_state(source).items()}
+    save_atomically(state, target)
+    return _sha256(Path(target))
+
+
+def save_atomically(content: Any, path: str | Path) -> None:
+    """Write a file of tensors so that a kill leaves the old file or the new one, never a part.
+
+    Args:
+        content: tensors and plain containers, as `torch.load(..., weights_only=True)` reads them.
+        path: the file; its folder is made if missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
