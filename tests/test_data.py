@@ -14,6 +14,7 @@ from monai.data import DataLoader, MetaTensor
 from monai.transforms import Compose, Lambdad, RandLambdad
 from torch.utils.data import DataLoader as TorchDataLoader
 
+from equireg.augmentation import RandShiftd
 from equireg.data import (
     PairDataset,
     SyntheticPairDataset,
@@ -24,7 +25,7 @@ from equireg.data import (
     pair_sampler,
     subjects,
 )
-from equireg.transforms import RandShiftd, StackPaird
+from equireg.transforms import StackPaird
 
 
 @pytest.fixture

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import product
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -9,12 +13,14 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms import Compose
 
-from equireg.fields import warp
+from equireg.fields import identity_grid
+from equireg.io import write_displacement_field
+from equireg.spaces import same_axes
 from equireg.transforms import (
+    MatchAxesd,
     NormalizeContent,
     NormalizeContentd,
-    RandShiftd,
-    RandWarpPaird,
+    RestorePredd,
     SplitPred,
     SplitPredd,
     StackPair,
@@ -129,6 +135,18 @@ def test_stack_pair_carries_the_metadata_of_the_fixed_image() -> None:
     assert not isinstance(StackPair()(torch.ones(1, 2, 2), np.zeros((1, 2, 2), np.float32)), MetaTensor)
 
 
+def test_stack_pair_pads_at_the_end_if_asked_to() -> None:
+    moving, fixed = torch.rand(2, 4, 9, 3), MetaTensor(torch.rand(2, 6, 5, 3), affine=affine(3.0))
+    pair = StackPaird(pad=True)({"moving": moving, "fixed": fixed})["image"]
+    assert pair.shape == (4, 6, 9, 3) and torch.equal(pair.affine, fixed.affine)
+    assert torch.equal(pair[:2, :4], moving) and torch.equal(pair[2:, :, :5], fixed.as_tensor())
+    assert pair[:2, 4:].count_nonzero() == 0 == pair[2:, :, 5:].count_nonzero()
+    assert torch.equal(StackPair(pad=True)(moving, moving), StackPair()(moving, moving))
+    for bad in (torch.zeros(1, 4, 9, 3), torch.zeros(2, 4, 9)):
+        with pytest.raises(ValueError, match="of one channel count, got moving"):
+            StackPair(pad=True)(moving, bad)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 4), (2, 4, 5)])
 def test_stack_pair_refuses_differing_images(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="moving \\[1, 4, 5\\] and fixed \\[" + ", ".join(map(str, shape))):
@@ -188,82 +206,246 @@ def test_transforms_work_on_decollated_batches() -> None:
         assert torch.equal(out["moved"], item["moving"]) and out["ddf"].shape == (2, 7, 9)
 
 
-def single_voxels(keys: list[str], size: int = 21) -> dict[str, torch.Tensor]:
-    image = torch.zeros(1, size, size)
-    image[0, size // 2, size // 2] = 1
-    return {key: image.clone() for key in keys}
+def oblique(dims: int, seed: int, spacing: tuple[float, ...], center: tuple[float, ...], shape: tuple[int, ...]):
+    """A `(4, 4)` affine of random direction whose middle voxel lies at `center`, millimeters RAS+."""
+    direction, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((dims, dims)))
+    matrix = np.eye(4)
+    matrix[:dims, :dims] = direction * spacing
+    matrix[:dims, 3] = center - matrix[:dims, :dims] @ ((np.array(shape) - 1) / 2)
+    return matrix
 
 
-def test_rand_shift_moves_groups_together_and_apart_from_each_other() -> None:
-    keys = ["moving", "moving_label", "fixed", "fixed_label"]
-    transform = RandShiftd([("moving", "moving_label"), ("fixed", "fixed_label")], max_shift=(4, 0))
-    transform.set_random_state(0)
-    seen = set()
-    for _ in range(60):
-        item = single_voxels(keys)
-        out = transform(item)
-        at = {key: tuple((out[key][0].nonzero()[0] - 10).tolist()) for key in keys}
-        assert at["moving"] == at["moving_label"] and at["fixed"] == at["fixed_label"]
-        assert abs(at["moving"][0]) <= 4 and at["moving"][1] == 0
-        assert item["moving"][0, 10, 10] == 1  # the input stays as it was
-        seen.add((at["moving"][0], at["fixed"][0]))
-    assert {m for m, _ in seen} == set(range(-4, 5)) == {f for _, f in seen}
-    assert len(seen) > 30  # independent: far more combinations than one shift for both would give
+def on_grid(matrix: np.ndarray, shape: tuple[int, ...], values: torch.Tensor | None = None) -> MetaTensor:
+    """A random image `(1, *shape)`, or one of given values, on a grid."""
+    image = torch.rand(1, *shape) if values is None else values
+    return MetaTensor(image, affine=torch.from_numpy(matrix), meta={"filename_or_obj": "fixed.nii.gz"})
 
 
-def test_rand_shift_loses_what_leaves_keeps_metadata_and_respects_prob() -> None:
-    image = MetaTensor(torch.ones(1, 4, 4, 4), affine=affine(2.0))
-    moved = RandShiftd(["image"], max_shift=3).set_random_state(1)({"image": image})["image"]
-    assert 0 < moved.sum() < 64 and torch.equal(moved.affine, affine(2.0))
-    assert RandShiftd(["image"], max_shift=3, prob=0.0)({"image": image})["image"] is image
-    same = [RandShiftd(["image"], 3).set_random_state(5)({"image": image})["image"] for _ in range(2)]
-    assert torch.equal(*same)
-    partial = RandShiftd([("image", "label")], 1, allow_missing_keys=True)({"image": image})
-    assert set(partial) == {"image"}
-    with pytest.raises(KeyError):
-        RandShiftd([("image", "label")], 1)({"image": image})
-    with pytest.raises(ValueError, match="max_shift expects one number or 3"):
-        RandShiftd(["image"], (1, 2))({"image": image})
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        RandShiftd(["image"], -1)
+def voxels_in_world(matrix: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    """World positions `(D, *shape)`, millimeters RAS+."""
+    dims = len(shape)
+    index = identity_grid(list(shape), dtype=torch.float64)[0]
+    origin = torch.from_numpy(matrix[:dims, 3]).reshape([-1] + [1] * dims)
+    return torch.einsum("ij,j...->i...", torch.from_numpy(matrix[:dims, :dims]), index) + origin
 
 
-def test_rand_warp_pair_of_a_pure_shift_is_exact() -> None:
-    image = torch.zeros(1, 30, 26)
-    image[:, 10:17, 8:15] = torch.rand(1, 7, 7)
-    item = RandWarpPaird(sigma=[0.0], points=[3], shift=(4, -5))({"image": image})
-    assert torch.equal(item["moving"], image)
-    torch.testing.assert_close(item["fixed"], torch.roll(image, (4, -5), (1, 2)), atol=1e-5, rtol=0)
-    assert item["true_ddf"].flatten(1).unique(dim=1).flatten().tolist() == [-4.0, 5.0]
+def blob(matrix: np.ndarray, shape: tuple[int, ...], center: tuple[float, ...]) -> torch.Tensor:
+    """A Gaussian `(1, *shape)` of 6 mm around a point of the world, of peak 1."""
+    at = torch.tensor(center, dtype=torch.float64).reshape([-1] + [1] * len(shape))
+    distance = ((voxels_in_world(matrix, shape) - at) ** 2).sum(dim=0, keepdim=True)
+    return torch.exp(-distance / (2 * 6.0**2)).float()
 
 
-def test_rand_warp_pair_truth_reproduces_the_fixed_image() -> None:
-    image = torch.zeros(2, 48, 40)
-    image[:, 12:36, 12:28] = torch.rand(2, 24, 16)
-    transform = RandWarpPaird(shift=3.0).set_random_state(2)
-    first, second = transform({"image": image}), transform({"image": image})
-    for item in (first, second):
-        moved = warp(item["moving"][None], item["true_ddf"][None], padding="zeros")[0]
-        assert torch.equal(moved, item["fixed"])
-        assert torch.equal(item["moving"], image) and item["true_ddf"].shape == (2, 48, 40)
-    assert not torch.equal(first["true_ddf"], second["true_ddf"])
-    again = RandWarpPaird(shift=3.0).set_random_state(2)({"image": image})
-    assert torch.equal(again["fixed"], first["fixed"])
-    still = RandWarpPaird(sigma=[0.0], points=[3], shift=3.0).set_random_state(2)({"image": image})
-    torch.testing.assert_close(still["true_ddf"].norm(dim=0), torch.full((48, 40), 3.0))
+# Grids of two images: spacing, middle and shape, all different, and so oblique that no axis is near one of the other.
+GRIDS = {
+    3: {
+        "fixed": ((1.1, 0.8, 2.0), (12.0, -30.0, 7.0), (17, 20, 11)),
+        "moving": ((1.5, 1.2, 0.9), (15, -28, 4), (14, 12, 19)),
+    },
+    2: {"fixed": ((1.1, 0.7), (12.0, -30.0), (27, 33)), "moving": ((0.6, 1.3), (14.0, -29.0), (36, 25))},
+}
 
 
-def test_rand_warp_pair_scales_with_the_image_and_says_what_it_expects() -> None:
-    small, large = (
-        RandWarpPaird([0.05], [3]).set_random_state(7)({"image": torch.rand(1, n, n)})["true_ddf"] for n in (21, 41)
+def grids(dims: int) -> tuple[np.ndarray, tuple[int, ...], np.ndarray, tuple[int, ...]]:
+    """Return affine and shape of the fixed grid, then of the moving one."""
+    (spacing, center, shape), moving = GRIDS[dims]["fixed"], GRIDS[dims]["moving"]
+    return oblique(dims, 1, spacing, center, shape), shape, oblique(dims, 2, *moving), moving[2]
+
+
+def write(image: torch.Tensor, path: Path) -> str:
+    nib.save(nib.Nifti1Image(image[0].numpy().astype(np.float32), image.affine.numpy()), path)
+    return str(path)
+
+
+def resample_with_itk(moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, folder: Path) -> torch.Tensor:
+    """Resample one image file to the grid of another through the field file, with SimpleITK alone."""
+    sitk = pytest.importorskip("SimpleITK")
+    field = write_displacement_field(ddf, fixed.affine, folder / "ddf.nii")
+    transform = sitk.DisplacementFieldTransform(sitk.ReadImage(str(field), sitk.sitkVectorFloat64))
+    images = [sitk.ReadImage(write(i, folder / "image.nii"), sitk.sitkFloat64) for i in (moving, fixed)]
+    return torch.from_numpy(sitk.GetArrayFromImage(sitk.Resample(*images, transform, sitk.sitkLinear, -1.0)).T.copy())
+
+
+def fake_prediction(pair: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, strength: float) -> torch.Tensor:
+    """What a network might say of a pair: the offset between the middles of both, and a smooth warp."""
+    dims, shape = pair.dim() - 1, pair.shape[1:]
+    middles = [(torch.tensor(image.shape[1:]) - 1) / 2 for image in (moving, fixed)]
+    coarse = strength * torch.randn(1, dims, *[3] * dims)
+    mode = {2: "bilinear", 3: "trilinear"}[dims]
+    smooth = torch.nn.functional.interpolate(coarse, size=tuple(shape), mode=mode, align_corners=True)[0]
+    return torch.cat([smooth + (middles[0] - middles[1]).reshape([-1] + [1] * dims), pair[:1]])
+
+
+def well_inside(field: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Where a ddf points into a grid of that shape, one voxel or more from its edge."""
+    target = identity_grid(list(field.shape[1:]))[0] + field
+    last = (torch.tensor(shape) - 2).reshape([-1] + [1] * len(shape))
+    return ((target >= 1) & (target <= last)).all(dim=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("axes", ["differ", "agree"])
+def test_written_field_moves_the_moving_file_as_the_prediction_did(axes: str, dims: int, tmp_path: Path) -> None:
+    fixed_affine, fixed_shape, moving_affine, moving_shape = grids(dims)
+    if axes == "agree":
+        moving_affine[:dims, :dims] = fixed_affine[:dims, :dims]
+    original = on_grid(moving_affine, moving_shape)
+    original.meta["filename_or_obj"] = "moving.nii.gz"
+    item = {"moving": original, "moving_raw": 1000 * original, "fixed": on_grid(fixed_affine, fixed_shape)}
+    item = Compose([MatchAxesd(["moving", "moving_raw"]), StackPaird(pad=True)])(item)
+    matched, fixed = item["moving_raw"], item["fixed"]
+    assert item["image"].shape[1:] == tuple(map(max, matched.shape[1:], fixed_shape)) != fixed_shape
+    item["pred"] = fake_prediction(item["image"], matched, fixed, strength=2.0)
+    before = item["pred"].clone()
+    item = RestorePredd()(item)
+
+    assert item["ddf"].shape == (dims, *fixed_shape) and item["moved"].shape == (1, *fixed_shape)
+    for result in (item["ddf"], item["moved"]):
+        assert torch.equal(result.affine, fixed.affine) and result.meta["filename_or_obj"] == "fixed.nii.gz"
+    assert torch.equal(item["pred"], before) and fixed.shape[1:] == fixed_shape
+    window = (slice(dims), *(slice(size) for size in fixed_shape))
+    inside = well_inside(before[window], matched.shape[1:])
+    assert inside.float().mean() > 0.15
+    # Where the axes agree already, the field must fit the file that came in.
+    source = 1000 * original if axes == "agree" else matched
+    theirs = resample_with_itk(source, fixed, item["ddf"], tmp_path)
+    assert (theirs - item["moved"][0].as_tensor())[inside].abs().max() < 1e-4 * 1000
+    assert theirs[inside].std() > 100  # there is something to agree on
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_known_translation_in_the_world_is_written_with_its_sign(dims: int, tmp_path: Path) -> None:
+    step = (7.0, -4.0, 3.0)[:dims]
+    fixed_affine, fixed_shape, _, _ = grids(dims)
+    spacing, middle, small = GRIDS[dims]["moving"]
+    moving_shape = tuple(3 * size for size in small)  # the blob ends within the image
+    moving_affine = oblique(dims, 2, spacing, middle, moving_shape)
+    here = GRIDS[dims]["fixed"][1]
+    there = tuple(np.add(here, step))
+    item = {
+        "moving_raw": on_grid(moving_affine, moving_shape, blob(moving_affine, moving_shape, there)),
+        "fixed": on_grid(fixed_affine, fixed_shape, blob(fixed_affine, fixed_shape, here)),
+    }
+    item = Compose([MatchAxesd("moving_raw"), StackPaird("moving_raw", pad=True)])(item)
+    # The network sees arrays alone: the index of the blob in one, less that in the other.
+    indices = [
+        np.linalg.solve(image.affine[:dims, :dims], point - image.affine[:dims, 3].numpy())
+        for image, point in [(item["moving_raw"], there), (item["fixed"], here)]
+    ]
+    constant = torch.from_numpy(indices[0] - indices[1]).float().reshape([-1] + [1] * dims)
+    item["pred"] = torch.cat([constant.expand(dims, *item["image"].shape[1:]), item["image"][:1]])
+    item = RestorePredd()(item)
+    written = nib.load(write_displacement_field(item["ddf"], item["fixed"].affine, tmp_path / "ddf.nii")).get_fdata()
+    lps = np.array([-7.0, 4.0, 3.0])[:dims]
+    np.testing.assert_allclose(
+        written.reshape(-1, dims), np.broadcast_to(lps, (item["ddf"][0].numel(), dims)), atol=1e-4
     )
-    torch.testing.assert_close(large[:, ::2, ::2] / 41, small / 21, atol=1e-5, rtol=0)
-    volume = RandWarpPaird()({"image": MetaTensor(torch.rand(1, 9, 8, 7), affine=affine(2.0))})
-    assert volume["true_ddf"].shape == (3, 9, 8, 7) and torch.equal(volume["fixed"].affine, affine(2.0))
-    with pytest.raises(ValueError, match="one sigma per number of points"):
-        RandWarpPaird([0.1], [3, 6])
-    with pytest.raises(ValueError, match="shift expects one number or 2"):
-        RandWarpPaird(shift=(1, 2, 3))({"image": torch.rand(1, 8, 8)})
+    inside = well_inside(constant.expand(dims, *fixed_shape), item["moving_raw"].shape[1:])
+    assert inside.all()
+    # Two interpolations flatten a peak of 6 mm on voxels of up to 2 mm; a step of the wrong sign would cost 0.8.
+    assert (item["moved"] - item["fixed"]).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_match_axes_keeps_all_content_where_it_is(dims: int) -> None:
+    fixed_affine, fixed_shape, moving_affine, moving_shape = grids(dims)
+    shape = tuple(3 * size for size in moving_shape)  # the blob ends within the image
+    center = tuple(voxels_in_world(moving_affine, shape)[(slice(None), *(size // 2 for size in shape))].tolist())
+    moving = on_grid(moving_affine, shape, blob(moving_affine, shape, center))
+    labels = torch.randint(1, 9, (1, *shape), dtype=torch.int16)
+    item = {
+        "moving": moving,
+        "label": on_grid(moving_affine, shape, labels),
+        "fixed": on_grid(fixed_affine, fixed_shape),
+    }
+    out = MatchAxesd(["moving", "label"], mode=["bilinear", "nearest"])(item)
+    matched, label = out["moving"], out["label"]
+    assert same_axes(matched.affine, fixed_affine, dims) and matched.shape == label.shape
+    volumes = [abs(np.linalg.det(image.affine[:dims, :dims])) for image in (matched, moving)]
+    assert float(matched.sum() * volumes[0]) == pytest.approx(float(moving.sum() * volumes[1]), rel=1e-3)
+    expected = blob(matched.affine.numpy(), tuple(matched.shape[1:]), center)
+    assert (matched - expected).abs().max() < 0.02  # linear interpolation flattens the peak
+    # Nearest labels: no new values, none lost, and the ones of the moving corners still at their places.
+    assert label.dtype == torch.int16 and set(label.unique().tolist()) == {0, *labels.unique().tolist()}
+    assert out["fixed"] is item["fixed"] and item["moving"] is moving and torch.equal(item["label"], labels)
+    world = voxels_in_world(moving_affine, shape)
+    for corner in product(*((0, size - 1) for size in shape)):
+        offset = world[(slice(None), *corner)].numpy() - matched.affine[:dims, 3].numpy()
+        index = np.linalg.solve(matched.affine[:dims, :dims], offset)
+        assert (index > -1e-6).all() and (index < np.array(matched.shape[1:]) - 1 + 1e-5).all()
+
+
+def test_match_axes_leaves_images_of_these_axes_alone_and_no_others() -> None:
+    fixed = on_grid(np.diag([1.0, 2.0, 3.0, 1.0]), (4, 4, 4))
+    moved = fixed.affine.numpy().copy()
+    moved[:3, 3] = 0.3, 500, -4
+    item = {"moving": on_grid(moved, (9, 3, 5)), "fixed": fixed}
+    assert MatchAxesd()(item)["moving"] is item["moving"]
+    # Steps that differ by half a thousandth make a difference of 0.05 voxels at the far end, in a grid of one shape.
+    near = on_grid(fixed.affine.numpy() * [1, 1 - 2e-4, 1, 1], (1, 100, 1), torch.arange(100.0).reshape(1, 1, 100, 1))
+    matched = MatchAxesd()({"moving": near, "fixed": fixed})["moving"]
+    assert same_axes(matched.affine, fixed.affine, 3, tolerance=1e-12)
+    torch.testing.assert_close(matched[0, 0, 98, 0].item(), 98 / (1 - 2e-4), atol=1e-4, rtol=0)
+    integers = MatchAxesd()({"moving": near.to(torch.int16), "fixed": fixed})["moving"]
+    assert integers.dtype == torch.float32 and integers[0, 0, 98, 0] != integers[0, 0, 98, 0].round()
+
+
+def test_match_axes_says_what_it_expects() -> None:
+    fixed = on_grid(np.eye(4), (4, 4, 4))
+    with pytest.raises(ValueError, match="data\\['moving'\\] to be a MetaTensor, .* got Tensor"):
+        MatchAxesd()({"moving": torch.rand(1, 4, 4, 4), "fixed": fixed})
+    with pytest.raises(ValueError, match="of shape \\[1, 4, 4, 4\\], got data\\['moving'\\] of shape \\[1, 4, 4\\]"):
+        MatchAxesd()({"moving": on_grid(np.eye(4), (4, 4)), "fixed": fixed})
+    with pytest.raises(ValueError, match="'bilinear' or 'nearest', got 'linear'"):
+        MatchAxesd(mode="linear")
+    with pytest.raises(ValueError):
+        MatchAxesd(["moving", "label"], mode=["bilinear"] * 3)
+    with pytest.raises(KeyError):
+        MatchAxesd("absent")({"fixed": fixed})
+    assert MatchAxesd("absent", allow_missing_keys=True)({"fixed": fixed}) == {"fixed": fixed}
+
+
+def test_restore_pred_moves_labels_and_integer_images_by_whole_voxels() -> None:
+    fixed = on_grid(np.diag([2.0, 2.0, 2.0, 1.0]), (3, 4, 5))
+    moved_to = fixed.affine.numpy().copy()
+    moved_to[:3, 3] = 6, 0, -2  # three voxels up the first axis, one down the last
+    image = torch.randint(-900, 900, (2, 6, 4, 6), dtype=torch.int16)
+    moving = on_grid(moved_to, (6, 4, 6), image)
+    # A label that starts one voxel later than the image and ends with it.
+    label_affine = moved_to.copy()
+    label_affine[0, 3] += 2
+    labels = torch.randint(1, 9, (1, 5, 4, 6), dtype=torch.uint8)
+    pred = torch.zeros(5, 6, 4, 6, dtype=torch.float16)
+    pred[0], pred[2] = 2, 1
+    item = {"pred": pred, "moving_raw": moving, "fixed": fixed, "label": on_grid(label_affine, (5, 4, 6), labels)}
+    out = RestorePredd(label_key="label")(item)
+    assert out["moved"].dtype == torch.float32 and out["moved_label"].dtype == torch.uint8
+    torch.testing.assert_close(out["moved"].as_tensor(), image[:, 2:5, :, 1:6].float(), atol=1e-3, rtol=0)
+    assert torch.equal(out["moved_label"].as_tensor(), labels[:, 1:4, :, 1:6])
+    assert out["ddf"].dtype == torch.float32 and torch.equal(out["moved_label"].affine, fixed.affine)
+    assert out["ddf"].flatten(1).unique(dim=1).flatten().tolist() == [5.0, 0.0, 0.0]
+    assert "moved_label" not in RestorePredd()(item) and set(item) == {"pred", "moving_raw", "fixed", "label"}
+    names = RestorePredd("pred", "moving_raw", "fixed", "u", "m", "label", "l")(item)
+    assert {"u", "m", "l"} < set(names) and "ddf" not in names
+
+
+def test_restore_pred_takes_zero_from_outside_the_moving_image() -> None:
+    image = on_grid(np.eye(4), (5, 5), torch.ones(1, 5, 5))
+    pred = torch.zeros(3, 5, 5)
+    pred[0] = 3
+    moved = RestorePredd()({"pred": pred, "moving_raw": image, "fixed": image})["moved"]
+    assert moved[0, :2].unique().tolist() == [1.0] and moved[0, 2:].unique().tolist() == [0.0]
+
+
+def test_restore_pred_says_what_it_expects() -> None:
+    image, pred = on_grid(np.eye(4), (4, 5, 6)), torch.zeros(4, 4, 5, 6)
+    with pytest.raises(ValueError, match="at least the shape of data\\['fixed'\\], \\[4, 5, 6\\], got \\[4, 5, 5\\]"):
+        RestorePredd()({"pred": pred[..., :5], "moving_raw": image, "fixed": image})
+    with pytest.raises(ValueError, match="same direction and spacing"):
+        other = on_grid(np.diag([1.0, 1.0, 2.0, 1.0]), (4, 5, 6))
+        RestorePredd()({"pred": pred, "moving_raw": other, "fixed": image})
+    with pytest.raises(ValueError, match="RestorePredd expects data\\['moving_raw'\\] to be a MetaTensor"):
+        RestorePredd()({"pred": pred, "moving_raw": image.as_tensor(), "fixed": image})
 
 
 def test_transforms_are_built_by_configs() -> None:
@@ -272,7 +454,7 @@ def test_transforms_are_built_by_configs() -> None:
         "transforms": [
             {"_target_": "equireg.transforms.NormalizeContentd", "keys": ["moving", "fixed"]},
             {
-                "_target_": "equireg.transforms.RandShiftd",
+                "_target_": "equireg.augmentation.RandShiftd",
                 "keys": [["moving", "moving_label"], ["fixed", "fixed_label"]],
                 "max_shift": 2,
                 "prob": 0.5,

@@ -16,20 +16,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import data, fields, io, losses, metrics, networks, synthesis, transforms
+    from . import (
+        augmentation,
+        data,
+        fields,
+        handlers,
+        inferer,
+        io,
+        losses,
+        metrics,
+        networks,
+        pictures,
+        spaces,
+        synthesis,
+        transforms,
+        weights,
+    )
     from .weights import load_network
 
 __all__ = [
     "__version__",
+    "augmentation",
     "data",
     "fields",
+    "handlers",
+    "inferer",
     "io",
     "load_network",
     "losses",
     "metrics",
     "networks",
+    "pictures",
+    "spaces",
     "synthesis",
     "transforms",
+    "weights",
 ]
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence, Sized
 from copy import deepcopy
 from pathlib import Path
@@ -17,9 +18,15 @@ import torch
 from monai.data import CacheDataset, Dataset
 from torch.utils.data import RandomSampler
 
+from .augmentation import RandWarpPaird
 from .synthesis import KINDS, synthetic_pair
 
 __all__ = [
+    "WarpedPairDataset",
+    "image_files",
+    "listed_pairs",
+    "pair_names",
+    "require_pairs",
     "PairDataset",
     "SyntheticPairDataset",
     "decathlon_subjects",
@@ -127,6 +134,49 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
     return pairs
 
 
+def listed_pairs(
+    pairs: str | Path | None, moving: str | None = None, fixed: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the pairs a config asks for: one named by its two files, or all of a list file.
+
+    Args:
+        pairs: list file, see `load_pairs`; not read if the two files are given.
+        moving: the moving image's file.
+        fixed: the fixed image's file.
+
+    Returns:
+        Pairs `{"moving": path, "fixed": path, ...}`; none if nothing is asked for.
+
+    Raises:
+        ValueError: if only one of the two files is given, or either does not exist; and as `load_pairs`.
+
+    Example:
+        >>> listed_pairs("")
+        []
+    """
+    if not moving and not fixed:
+        return load_pairs(pairs) if pairs else []
+    if not moving or not fixed:
+        raise ValueError(f"a pair needs both images, got moving '{moving}' and fixed '{fixed}'.")
+    for path in (moving, fixed):
+        if not Path(path).exists():
+            raise ValueError(f"the image '{path}' does not exist.")
+    return [{"moving": str(moving), "fixed": str(fixed)}]
+
+
+def require_pairs(data: Sized) -> None:
+    """Refuse to run on nothing.
+
+    Args:
+        data: the pairs.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if len(data) == 0:
+        raise ValueError("no pair to register: give --moving and --fixed, or --pairs with a JSON or CSV list.")
+
+
 def decathlon_subjects(dataset_dir: str | Path, split: str) -> list[dict[str, str]]:
     """List the subjects of one split of a data set in the layout of the Medical Segmentation Decathlon.
 
@@ -171,6 +221,54 @@ def decathlon_subjects(dataset_dir: str | Path, split: str) -> list[dict[str, st
         }
         for i in chosen
     ]
+
+
+def image_files(
+    dataset_dir: str | Path, patterns: Sequence[str], person: str, split: str, fractions: Sequence[float] = (0.7, 0.1)
+) -> list[dict[str, str]]:
+    """List the images of plain folders, split by person.
+
+    Persons are sorted, shuffled by a fixed seed and cut into training, validation and test, so that all images of one
+    person fall into one split.
+
+    Args:
+        dataset_dir: the folder the patterns start from.
+        patterns: glob patterns of image files.
+        person: regular expression whose first group, in a file's path below `dataset_dir`, names the person.
+        split: "training", "validation" or "test".
+        fractions: share of persons for training and validation; the rest is for test.
+
+    Returns:
+        Subjects `{"image": path}`, sorted by path.
+
+    Raises:
+        ValueError: for an unknown split, when nothing matches, or a file of which the expression finds no person.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in ("a_left", "a_right", "b_left", "c_left"):
+        ...     (folder / f"{name}.png").touch()
+        >>> sum(len(image_files(folder, ["*.png"], "(.)_", split, (0.4, 0.3))) for split in SPLITS)
+        4
+    """
+    if split not in SPLITS:
+        raise ValueError(f"image_files expects a split of {SPLITS}, got '{split}'.")
+    root = Path(dataset_dir)
+    files = sorted({path for pattern in patterns for path in root.glob(pattern)})
+    if not files:
+        raise ValueError(f"image_files found no file for {list(patterns)} in {root}.")
+    persons: dict[str, list[Path]] = {}
+    for path in files:
+        match = re.search(person, path.relative_to(root).as_posix())
+        if match is None:
+            raise ValueError(f"image_files expects '{person}' to find the person in {path}, it does not match.")
+        persons.setdefault(match.group(1), []).append(path)
+    names = sorted(persons)
+    order = np.random.default_rng(0).permutation(len(names))
+    ends = np.cumsum([round(fraction * len(names)) for fraction in fractions])
+    part = np.split(order, ends)[SPLITS.index(split)]
+    return [{"image": str(path)} for path in sorted(path for k in part for path in persons[names[k]])]
 
 
 def subjects(dataset_dir: str | Path | None, split: str) -> list[dict[str, str]]:
@@ -338,6 +436,46 @@ class SyntheticPairDataset(_IndexedPairs):
         return dict(synthetic_pair(self.shape, generator, self.max_shift, self.kind))
 
 
+class WarpedPairDataset(_IndexedPairs):
+    """Endless pairs of an image and a randomly warped copy of it; an item's warp is a pure function of `(seed, index)`.
+
+    Args:
+        data: subjects, each a mapping with `image`; item `k` takes subject `k` modulo their number.
+        warp: makes moving and fixed from `image`.
+        load: transforms of one subject; the result of those before the first random one is cached.
+        transform: transforms of one pair.
+        length: how many items the dataset claims to have.
+        seed: another seed gives other warps.
+
+    Raises:
+        ValueError: if there are no subjects, or for a length below 1.
+
+    Example:
+        >>> subjects = [{"image": torch.rand(1, 24, 24)}]
+        >>> sorted(WarpedPairDataset(subjects, RandWarpPaird())[3])
+        ['fixed', 'image', 'moving', 'true_ddf']
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        warp: RandWarpPaird,
+        load: TransformLike | None = None,
+        transform: TransformLike | None = None,
+        length: int = 1_000_000,
+        seed: int = 0,
+    ) -> None:
+        if not data or length < 1:
+            raise ValueError(f"WarpedPairDataset expects subjects and a length >= 1, got {len(data)} and {length}.")
+        super().__init__(data, transform, length)
+        self.subjects = CacheDataset(data, transform=load, progress=False, runtime_cache=True)
+        self.warp, self.seed = warp, seed
+
+    def _pair(self, index: int) -> dict[str, Any]:
+        state = np.random.RandomState([self.seed, index])
+        return dict(self.warp.set_random_state(state=state)(deepcopy(self.subjects[index % len(self.data)])))
+
+
 def pair_dataset(
     data: Sequence[Mapping[str, Any]] | None,
     load: TransformLike | None,
@@ -377,6 +515,26 @@ def pair_dataset(
         return PairDataset(data, load, transform, num_pairs, seed, cache_rate, runtime_cache)
     length = 1_000_000 if num_pairs is None else num_pairs
     return SyntheticPairDataset(spatial_dims, shape, length, seed, transform, max_shift, kind)
+
+
+def pair_names(batch: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Name each pair of a decollated batch by its files, in the form MONAI's `MetricsSaver` asks of `batch_transform`.
+
+    Args:
+        batch: items with "moving" and "fixed"; those without a file name are called "synthetic".
+
+    Returns:
+        For each item `{"filename_or_obj": "moving file -> fixed file"}`.
+
+    Example:
+        >>> pair_names([{"moving": torch.zeros(1), "fixed": torch.zeros(1)}])
+        [{'filename_or_obj': 'synthetic -> synthetic'}]
+    """
+
+    def name(image: Any) -> str:
+        return Path(str(getattr(image, "meta", {}).get("filename_or_obj", "synthetic"))).name
+
+    return [{"filename_or_obj": f"{name(item['moving'])} -> {name(item['fixed'])}"} for item in batch]
 
 
 def pair_sampler(dataset: Sized, num_samples: int, seed: int = 0) -> RandomSampler:

@@ -69,7 +69,16 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
         )
     if mode == "linear" and not image.is_floating_point():
         raise ValueError(f"warp expects a floating point image for mode 'linear', got {image.dtype}.")
-    # torch calls linear interpolation "bilinear" in any dimension and wants the last array axis first, scaled to [-1, 1].
+    if ddf.dtype == torch.float16 or ddf.dtype == torch.bfloat16:
+        ddf = ddf.float()  # half precision cannot count voxels: bfloat16 has no number between 256 and 258
+    if padding == "zeros":
+        # Normalized coordinates have no scale along an axis of one voxel: a second one, of background, gives them one.
+        thickness: List[int] = []
+        for k in range(dims - 1, -1, -1):
+            thickness.extend([0, 1 if image.shape[2 + k] == 1 else 0])
+        if sum(thickness) > 0:
+            image = F.pad(image, thickness)
+    # torch calls linear interpolation "bilinear" in any dimension and wants the last array axis first, in [-1, 1].
     axes: List[torch.Tensor] = []
     for k in range(dims - 1, -1, -1):
         shape = [1] * (dims + 1)

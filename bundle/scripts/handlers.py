@@ -8,13 +8,13 @@ from typing import Any, Callable, Mapping
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
-from torch import nn
 
 from .fields import warp
+from .networks.combinators import first_step
 from .networks.pair import PairNetwork
 from .weights import save_atomically
 
-__all__ = ["AttentionMonitor", "BestWeights", "EpochCheckpoint", "StopOnNonFiniteLoss"]
+__all__ = ["AttentionMonitor", "EpochCheckpoint", "StopOnNonFiniteLoss"]
 
 
 class StopOnNonFiniteLoss:
@@ -45,12 +45,12 @@ class StopOnNonFiniteLoss:
 
 
 class AttentionMonitor:
-    """Report how well the attention stage registers on its own, as the metric `<name>` of an evaluator.
+    """Report how well the first step registers on its own, as a metric of an evaluator.
 
     The whole network can look well while the refinements do all the work; the attention alone tells.
 
     Args:
-        network: a `PairNetwork` around a network with a method `attention_stage`, such as `CARL`.
+        network: a `PairNetwork` around `CARL` or a nest of `TwoStep` and `Downsample`.
         similarity: called `similarity(moved, fixed)`, returns a scalar.
         name: name of the metric: the mean of the similarity over the evaluated pairs.
     """
@@ -77,12 +77,13 @@ class AttentionMonitor:
 
     def _measure(self, engine: Engine) -> None:
         outputs: Any = engine.state.output
-        net: nn.Module = self.network.net
+        net: Any = self.network.net
+        stage = net.attention_stage() if hasattr(net, "attention_stage") else first_step(net)
         for output in outputs:  # evaluators decollate their batches
             image = output["image"].unsqueeze(0)
             moving, fixed = image.chunk(2, dim=1)
             with torch.no_grad():
-                moved = warp(moving, net.attention_stage().eval()(moving, fixed), padding="zeros")
+                moved = warp(moving, stage.eval()(moving, fixed), padding="zeros")
             self._values.append(float(self.similarity(moved, fixed)))
 
     def _report(self, engine: Engine) -> None:
@@ -90,25 +91,48 @@ class AttentionMonitor:
 
 
 class EpochCheckpoint:
-    """Write everything needed to go on after each epoch, and go on from there when asked.
+    """Keep what training has reached after each epoch, keep the best weights apart, and go on from there when asked.
 
-    MONAI's `CheckpointSaver` writes in place, so that a kill in that moment loses the old checkpoint and the new one;
-    this one writes beside and renames.
+    `checkpoint.pt` holds everything needed to go on; `model.pt` the flat state dict of the best validation so far.
+    MONAI's `CheckpointSaver` writes in place, so that a kill in that moment loses the old file and the new one; this
+    handler writes beside and renames.
 
     Args:
-        path: the checkpoint file: a dictionary of the state dicts in `save_dict`, and the epochs and iterations done
-            under "trainer".
-        save_dict: name to an object with `state_dict` and `load_state_dict`; the network is called "model".
-        resume: whether training goes on from the file.
+        output_dir: folder of the two files.
+        save_dict: name to an object with `state_dict` and `load_state_dict`; the network is called "model". The
+            checkpoint holds their state dicts, and the epochs and iterations done and the best score under "trainer".
+        evaluator: the engine that validates, if the best weights are to be kept.
+        metric: name of the evaluator's metric that says what is best.
+        greater_is_better: whether a larger metric is a better one.
+        resume: whether training goes on from the checkpoint.
+
+    Raises:
+        ValueError: if there is an evaluator without a metric; when training starts, if there is nothing to resume from
+            or no epoch left to train.
     """
 
-    def __init__(self, path: str | Path, save_dict: Mapping[str, Any], resume: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        output_dir: str | Path,
+        save_dict: Mapping[str, Any],
+        evaluator: Engine | None = None,
+        metric: str | None = None,
+        greater_is_better: bool = True,
+        resume: bool = False,
+    ) -> None:
+        if evaluator is not None and metric is None:
+            raise ValueError("EpochCheckpoint expects the name of a metric along with an evaluator, got none.")
+        self.path = Path(output_dir) / "checkpoint.pt"
+        self.best_path = Path(output_dir) / "model.pt"
         self.save_dict = dict(save_dict)
+        self.evaluator = evaluator
+        self.metric = metric or ""
+        self.sign = 1.0 if greater_is_better else -1.0
+        self.best = float("-inf")
         self.resume = resume
 
     def attach(self, engine: Engine) -> None:
-        """Attach to a trainer, after handlers whose effect the checkpoint should hold."""
+        """Attach to a trainer, after the handler that validates and others whose effect the checkpoint should hold."""
         if self.resume:
             engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
@@ -124,46 +148,14 @@ class EpochCheckpoint:
             )
         for name, target in self.save_dict.items():
             target.load_state_dict(content[name])
-        engine.state.epoch, engine.state.iteration = done["epoch"], done["iteration"]
+        engine.state.epoch, engine.state.iteration, self.best = done["epoch"], done["iteration"], done["best"]
 
     def _save(self, engine: Engine) -> None:
+        # Before the first validation the evaluator has no metrics, and between two of them those of the last one.
+        score = None if self.evaluator is None else self.evaluator.state.metrics.get(self.metric)
+        if score is not None and self.sign * float(score) > self.best:
+            self.best = self.sign * float(score)
+            save_atomically(self.save_dict["model"].state_dict(), self.best_path)
         content: dict[str, Any] = {name: source.state_dict() for name, source in self.save_dict.items()}
-        content["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        content["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "best": self.best}
         save_atomically(content, self.path)
-
-
-class BestWeights:
-    """Keep the weights of the best validation so far, as a flat state dict.
-
-    Args:
-        path: the weights file.
-        network: whose state dict is written.
-        metric: name of the evaluator's metric to compare.
-        greater_is_better: whether a larger metric is a better one.
-    """
-
-    def __init__(self, path: str | Path, network: nn.Module, metric: str, greater_is_better: bool = True) -> None:
-        self.path = Path(path)
-        self.network = network
-        self.metric = metric
-        self.sign = 1.0 if greater_is_better else -1.0
-        self.best = float("-inf")
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to an evaluator."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write the weights if the evaluator's metric is the best so far."""
-        score = self.sign * float(engine.state.metrics[self.metric])
-        if score > self.best:
-            self.best = score
-            save_atomically(self.network.state_dict(), self.path)
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the best score so far, for a checkpoint."""
-        return {"best": self.best}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from the best score of a checkpoint."""
-        self.best = state["best"]

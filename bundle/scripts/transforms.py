@@ -1,4 +1,4 @@
-"""MONAI transforms for pairs of images: normalizing, pairing, warping labels, splitting predictions, augmenting.
+"""MONAI transforms for pairs of images: normalizing, matching grids, pairing, and what becomes of predictions.
 
 Items carry no batch axis: images are `(C, *shape)`. A `MetaTensor` keeps its metadata, numpy arrays become tensors.
 """
@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor, get_track_meta
-from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
+from monai.transforms import MapTransform, SpatialResample, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 
-from .fields import compose, warp
-from .synthesis import DARKEST, per_axis, shift, smooth_field
+from .fields import warp
+from .spaces import covering_grid, origin_offset, same_axes
+from .synthesis import DARKEST
 
 __all__ = [
+    "MatchAxesd",
     "NormalizeContent",
     "NormalizeContentd",
-    "RandShiftd",
-    "RandWarpPaird",
+    "RestorePredd",
     "SplitPred",
     "SplitPredd",
     "StackPair",
@@ -160,29 +160,126 @@ class NormalizeContentd(MapTransform):
         return item
 
 
+def _affine(data: Mapping[Hashable, Any], key: str | Hashable, user: str) -> torch.Tensor:
+    """Return the affine of an image of an item, which places its voxels in the world."""
+    image = data[key]
+    if not isinstance(image, MetaTensor):
+        raise ValueError(
+            f"{user} expects data['{key}'] to be a MetaTensor, whose affine places it in the world, "
+            f"got {type(image).__name__}."
+        )
+    return image.affine
+
+
+class MatchAxesd(MapTransform):
+    """Resample images to the direction and spacing of a reference image, and to nothing else of its grid.
+
+    Each image gets the grid `equireg.spaces.covering_grid`, which covers all of it: nothing is cropped, and shape and
+    origin stay its own. An image that has these axes already stays bit-identical. New voxels outside the image are 0,
+    so background must be 0, too. Finer images are sampled, not averaged: smooth them first where that matters.
+
+    Args:
+        keys: images or labels `(C, *shape)`, `MetaTensor`s.
+        reference_key: the image whose axes count, a `MetaTensor` of as many axes; only its affine is used.
+        mode: "bilinear" or, for labels, "nearest", which keeps integer types; one for all keys or one per key.
+            "bilinear" makes integer images float32.
+        allow_missing_keys: skip keys that are not there.
+
+    Raises:
+        ValueError: for another mode; when called, for images without an affine, with another number of axes than the
+            reference, or with an affine that `equireg.spaces.same_axes` refuses.
+
+    Example:
+        >>> moving = MetaTensor(torch.ones(1, 5, 5), affine=torch.diag(torch.tensor([2.0, 1.0, 1.0, 1.0])))
+        >>> fixed = MetaTensor(torch.ones(1, 3, 3), affine=torch.eye(4))
+        >>> MatchAxesd()({"moving": moving, "fixed": fixed})["moving"].shape
+        torch.Size([1, 9, 5])
+    """
+
+    backend = SpatialResample.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection = "moving",
+        reference_key: str = "fixed",
+        mode: str | Sequence[str] = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.reference_key = reference_key
+        self.mode = ensure_tuple_rep(mode, len(self.keys))
+        if not set(self.mode) <= {"bilinear", "nearest"}:
+            raise ValueError(f"MatchAxesd expects mode 'bilinear' or 'nearest', got {mode!r}.")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with every key on axes of the reference."""
+        item = dict(data)
+        reference = _affine(item, self.reference_key, "MatchAxesd")
+        dims = item[self.reference_key].ndim - 1
+        for key, mode in self.key_iterator(item, self.mode):
+            affine = _affine(item, key, "MatchAxesd")
+            if item[key].ndim - 1 != dims:
+                raise ValueError(
+                    f"MatchAxesd expects images of as many axes as data['{self.reference_key}'] of shape "
+                    f"{list(item[self.reference_key].shape)}, got data['{key}'] of shape {list(item[key].shape)}."
+                )
+            if not same_axes(affine, reference, dims):
+                item[key] = self._resample(item[key], reference, mode)
+        return item
+
+    @staticmethod
+    def _resample(image: MetaTensor, reference: torch.Tensor, mode: str) -> torch.Tensor:
+        """Resample an image to the grid that covers it along the axes of the reference."""
+        affine, shape = covering_grid(image.affine, image.shape[1:], reference, image.ndim - 1)
+        if shape == tuple(image.shape[1:]):
+            # SpatialResample skips grids of one size whose steps differ by less than 0.001, which adds up to 0.3 voxels
+            # over 300. A last plane of background makes it go to work.
+            shape = (shape[0] + 1, *shape[1:])
+        matched = SpatialResample(mode=mode, padding_mode="zeros")(image, dst_affine=affine, spatial_size=shape)
+        keeps_type = image.is_floating_point() or mode == "nearest"
+        return matched.to(image.dtype) if keeps_type else matched
+
+
 class StackPair(Transform):
     """Stack two images of one grid into the one tensor that a host passes to the network.
 
+    Args:
+        pad: pad images of different shapes with zeros, at the end of each axis, to a common shape. Voxel indices and
+            affines keep their meaning.
+
     Raises:
-        ValueError: when called, if shapes or channels differ.
+        ValueError: when called, if channels differ, or if shapes differ and `pad` is False.
 
     Example:
-        >>> StackPair()(torch.zeros(1, 4, 4), torch.ones(1, 4, 4)).shape
-        torch.Size([2, 4, 4])
+        >>> StackPair(pad=True)(torch.zeros(1, 4, 6), torch.ones(1, 5, 4)).shape
+        torch.Size([2, 5, 6])
     """
 
     backend = [TransformBackends.TORCH]
+
+    def __init__(self, pad: bool = False) -> None:
+        self.pad = pad
 
     def __call__(  # type: ignore[override]  # takes two images
         self, moving: NdarrayOrTensor, fixed: NdarrayOrTensor
     ) -> torch.Tensor:
         """Return `(2C, *shape)`, moving channels first, with the metadata of the fixed image, where the ddf lives."""
-        if moving.shape != fixed.shape:
+        fits = moving.shape == fixed.shape
+        if self.pad:
+            fits = moving.ndim == fixed.ndim and moving.shape[0] == fixed.shape[0]
+        if not fits:
             raise ValueError(
-                f"StackPair expects two images of one shape and channel count, got moving {list(moving.shape)} "
-                f"and fixed {list(fixed.shape)}; pad or resample them first."
+                f"StackPair expects two images of one {'' if self.pad else 'shape and '}channel count, got moving "
+                f"{list(moving.shape)} and fixed {list(fixed.shape)}; pad or resample them first."
             )
-        return _with_meta(torch.cat([_plain(moving), _plain(fixed)]), fixed)
+        shape = [max(sizes) for sizes in zip(moving.shape[1:], fixed.shape[1:])]
+        return _with_meta(torch.cat([_pad_end(_plain(image), shape) for image in (moving, fixed)]), fixed)
+
+
+def _pad_end(image: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Pad an image `(C, *smaller shape)` with zeros at the end of each axis."""
+    missing = [new - old for new, old in zip(shape, image.shape[1:])]
+    return torch.nn.functional.pad(image, [n for after in reversed(missing) for n in (0, after)])
 
 
 class StackPaird(Transform):
@@ -193,6 +290,7 @@ class StackPaird(Transform):
         fixed_key: the fixed image `(C, *shape)`, whose metadata the pair carries.
         image_key: where the pair `(2C, *shape)` goes.
         label_key: where the same tensor goes once more, or None.
+        pad: pad images of different shapes with zeros at the end of each axis to a common shape.
     """
 
     backend = StackPair.backend
@@ -203,9 +301,10 @@ class StackPaird(Transform):
         fixed_key: str = "fixed",
         image_key: str = "image",
         label_key: str | None = "label",
+        pad: bool = False,
     ) -> None:
         self.moving_key, self.fixed_key, self.image_key, self.label_key = moving_key, fixed_key, image_key, label_key
-        self.stack = StackPair()
+        self.stack = StackPair(pad)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of the item with the pair added."""
@@ -360,136 +459,83 @@ class WarpLabeld(MapTransform):
         return item
 
 
-class RandShiftd(RandomizableTransform, MapTransform):
-    """Move the content of images by random whole voxels, each group of keys on its own.
+class RestorePredd(Transform):
+    """Turn the prediction for a pair that `MatchAxesd` and `StackPaird` prepared into images and a field in the world.
 
-    Zeros come in, nothing wraps around, and content that leaves the canvas is lost: pad first. Metadata stay: content
-    moves in the world, as if the patient had moved.
-
-    Args:
-        keys: groups of keys that move together, such as `[("moving", "moving_label"), ("fixed", "fixed_label")]`;
-            a bare key is a group of its own.
-        max_shift: largest shift along an axis, voxels, one number or one per axis.
-        prob: probability that an item is shifted at all.
-        allow_missing_keys: skip keys that are not there, such as labels of unlabeled subjects.
-
-    Raises:
-        ValueError: for a negative shift; when called, if `max_shift` does not match the number of axes.
-    """
-
-    backend = [TransformBackends.TORCH]
-
-    def __init__(
-        self,
-        keys: Sequence[str | Sequence[str]],
-        max_shift: int | Sequence[int],
-        prob: float = 1.0,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        self.groups = [(group,) if isinstance(group, str) else tuple(group) for group in keys]
-        MapTransform.__init__(self, [key for group in self.groups for key in group], allow_missing_keys)
-        RandomizableTransform.__init__(self, prob)
-        if np.min(max_shift) < 0:
-            raise ValueError(f"RandShiftd expects a max_shift of at least 0, got {max_shift}.")
-        self.max_shift = max_shift
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of the item with every group shifted."""
-        item = dict(data)
-        self.randomize(None)
-        if not self._do_transform:
-            return item
-        for group in self.groups:
-            present = [key for key in group if key in item or not self.allow_missing_keys]
-            if not present:
-                continue
-            dims = item[present[0]].ndim - 1
-            offsets = [int(self.R.randint(-int(m), int(m) + 1)) for m in per_axis(self.max_shift, dims, "max_shift")]
-            for key in present:
-                item[key] = _with_meta(shift(_plain(item[key]), offsets), item[key])
-        return item
-
-
-class RandWarpPaird(Randomizable, Transform):
-    """Make a pair to register from one image: moving is the image, fixed is the image under a random smooth warp.
-
-    The warp is a coarse pass followed by finer ones, random displacements of control points joined by cubic splines,
-    and optionally a constant shift of the fixed image. Content that leaves the canvas is lost: pad first.
-
-    Reference: the synthetic retina experiment of the CARL paper, which warps vessel masks of 784 x 565 pixels with
-    standard deviations of 25 and 12 pixels on 3 and 6 points an axis; the defaults are these, relative to the shorter
-    side. H. Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025, arXiv:2405.16738.
+    The network counts in voxels of the stacked arrays: the point at fixed index `x` matches the point at moving index
+    `x + u(x)`, wherever the two arrays lie in the world. Moving voxel 0 lies at fixed index `o`
+    (`equireg.spaces.origin_offset`), so the displacement between the world positions, in fixed voxels, is `u + o`.
+    That is what `SaveTransformd` writes; `u` alone is what warps arrays.
 
     Args:
-        sigma: standard deviation at the control points of each pass, as fractions of the shortest side.
-        points: control points along each axis, for each pass.
-        shift: how the content of the fixed image moves, voxels: a vector, or a length in a random direction, or None.
-        mode: "linear" or "nearest" sampling.
-        image_key: the image `(C, *shape)`.
-        moving_key: where the undeformed image goes.
-        fixed_key: where the deformed image goes.
-        ddf_key: where the true ddf goes, `(D, *shape)`, voxels: `fixed = warp(moving, true_ddf, padding="zeros")`.
+        pred_key: the prediction `(D + C, *padded shape)`: ddf in voxels, then moved, which is not used.
+        moving_key: the moving image in its own intensities, `(C', *moving shape)`, with background 0, on the grid that
+            the network saw: voxel for voxel the image that was stacked.
+        fixed_key: the fixed image `(C, *fixed shape)` as it was stacked; its grid and metadata go to the results.
+        ddf_key: where the displacement between world positions goes: `(D, *fixed shape)`, voxels of the fixed grid.
+        moved_key: where the moved image goes: `(C', *fixed shape)`, float32 for integer images.
+        label_key: a moving label map with the axes of the moving image, or None; its origin and shape are its own.
+        moved_label_key: where the moved label goes: `(1, *fixed shape)`, sampled by nearest neighbor.
 
     Raises:
-        ValueError: if `sigma` and `points` differ in length; when called, if the shift vector does not fit the image.
+        ValueError: when called, if an image has no affine, if directions or spacings differ, or if the prediction does
+            not cover the fixed image.
 
     Example:
-        >>> item = RandWarpPaird().set_random_state(0)({"image": torch.rand(1, 24, 24)})
-        >>> item["fixed"].shape, item["true_ddf"].shape
-        (torch.Size([1, 24, 24]), torch.Size([2, 24, 24]))
+        >>> moving = MetaTensor(torch.tensor([[[0, 0, 9]]]), affine=torch.eye(4))
+        >>> fixed = MetaTensor(torch.zeros(1, 1, 2), affine=torch.eye(4))
+        >>> pred = torch.stack([torch.zeros(1, 3), torch.ones(1, 3), torch.zeros(1, 3)])
+        >>> item = RestorePredd()({"pred": pred, "moving_raw": moving, "fixed": fixed})
+        >>> item["moved"].tolist(), item["ddf"].shape
+        ([[[0.0, 9.0]]], torch.Size([2, 1, 2]))
     """
 
     backend = [TransformBackends.TORCH]
 
     def __init__(
         self,
-        sigma: Sequence[float] = (25 / 565, 12 / 565),
-        points: Sequence[int] = (3, 6),
-        shift: float | Sequence[float] | None = None,
-        mode: str = "linear",
-        image_key: str = "image",
-        moving_key: str = "moving",
+        pred_key: str = "pred",
+        moving_key: str = "moving_raw",
         fixed_key: str = "fixed",
-        ddf_key: str = "true_ddf",
+        ddf_key: str = "ddf",
+        moved_key: str = "moved",
+        label_key: str | None = None,
+        moved_label_key: str = "moved_label",
     ) -> None:
-        if len(sigma) != len(points) or len(sigma) == 0:
-            raise ValueError(f"RandWarpPaird expects one sigma per number of points, got {sigma} and {points}.")
-        self.sigma, self.points, self.shift, self.mode = tuple(sigma), tuple(points), shift, mode
-        self._seed = 0
-        self.image_key, self.moving_key, self.fixed_key, self.ddf_key = image_key, moving_key, fixed_key, ddf_key
-
-    def randomize(self, data: Any = None) -> None:
-        """Draw the seed of the next warp."""
-        self._seed = int(self.R.randint(2**31))
-
-    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
-        """Return the true ddf `(1, D, *shape)`, voxels."""
-        generator = np.random.default_rng(self._seed)
-        dims = len(shape)
-        passes = [smooth_field(shape, p, s * min(shape), generator) for s, p in zip(self.sigma, self.points)]
-        if self.shift is None:
-            offsets = np.zeros(dims)
-        elif isinstance(self.shift, (int, float)):
-            direction = generator.standard_normal(dims)
-            offsets = self.shift * direction / np.linalg.norm(direction)
-        else:
-            offsets = np.array(per_axis(self.shift, dims, "shift"))
-        # Content moves by +offsets when every point looks back by -offsets, before it is displaced by the passes.
-        back = -torch.from_numpy(offsets).float().reshape([1, dims] + [1] * dims)
-        ddf = back.expand(1, dims, *shape)
-        for field in reversed(passes):
-            ddf = compose(field, ddf)
-        return ddf
+        self.pred_key, self.moving_key, self.fixed_key = pred_key, moving_key, fixed_key
+        self.ddf_key, self.moved_key = ddf_key, moved_key
+        self.label_key, self.moved_label_key = label_key, moved_label_key
+        self.split = SplitPred()
+        self.warp_image, self.warp_label = WarpLabel("linear"), WarpLabel("nearest")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of the item with moving, fixed and the true ddf added."""
+        """Return a copy of the item with the ddf, the moved image and, if asked for, the moved label added."""
         item = dict(data)
-        image = item[self.image_key]
-        values = _plain(image)
-        self.randomize()
-        ddf = self._draw(values.shape[1:]).to(values.device)
-        fixed = warp(values.unsqueeze(0), ddf, mode=self.mode, padding="zeros")[0]
-        item[self.moving_key] = _with_meta(values, image)
-        item[self.fixed_key] = _with_meta(fixed, image)
-        item[self.ddf_key] = ddf[0]
+        moving_affine = _affine(item, self.moving_key, "RestorePredd")
+        fixed_affine = _affine(item, self.fixed_key, "RestorePredd")
+        moving, fixed = _plain(item[self.moving_key]), item[self.fixed_key]
+        ddf = self._crop(_plain(self.split(item[self.pred_key])[0]).float(), fixed.shape[1:])
+        offset = origin_offset(moving_affine, fixed_affine, ddf.shape[0])
+        item[self.ddf_key] = _with_meta(ddf + _as_field(offset, ddf), fixed)
+        image = moving if moving.is_floating_point() else moving.float()
+        item[self.moved_key] = _with_meta(self.warp_image(image, ddf), fixed)
+        if self.label_key is not None:
+            # Zero where the label lies on the grid of the moving image.
+            shift = origin_offset(moving_affine, _affine(item, self.label_key, "RestorePredd"), ddf.shape[0])
+            moved = self.warp_label(item[self.label_key], ddf + _as_field(shift, ddf))
+            item[self.moved_label_key] = _with_meta(moved, fixed)
         return item
+
+    def _crop(self, ddf: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Take what lies on the fixed image from a ddf that may go on beyond its end."""
+        if len(shape) != ddf.dim() - 1 or any(have < want for have, want in zip(ddf.shape[1:], shape)):
+            raise ValueError(
+                f"RestorePredd expects a prediction of at least the shape of data['{self.fixed_key}'], "
+                f"{list(shape)}, got {list(ddf.shape[1:])}."
+            )
+        return ddf[(slice(None),) + tuple(slice(size) for size in shape)]
+
+
+def _as_field(vector: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+    """Give a vector `(D,)` the axes, type and device of a ddf `(D, *shape)`."""
+    return vector.to(ddf).reshape([-1] + [1] * (ddf.dim() - 1))

@@ -97,7 +97,7 @@ def content_box(image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     lasts: List[torch.Tensor] = []
     for k in range(image.dim() - 2):
         size = image.shape[2 + k]
-        profile = content.transpose(1, 1 + k).flatten(2).any(dim=2) | empty.unsqueeze(1)  # (B, size)
+        profile = content.transpose(1, 1 + k).unsqueeze(-1).flatten(2).any(dim=2) | empty.unsqueeze(1)  # (B, size)
         index = torch.arange(size, device=image.device).unsqueeze(0)
         firsts.append(torch.where(profile, index, torch.full_like(index, size)).amin(dim=1))
         lasts.append(torch.where(profile, index, torch.full_like(index, -1)).amax(dim=1))

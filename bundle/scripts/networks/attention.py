@@ -137,7 +137,7 @@ class CoordinateAttention(nn.Module):
         first, last = content_box(image)
         padded = pad_all(image, self.padding)
         # On the padded grid the content's box starts at first + padding; grown by the padding it starts at first.
-        active = box_mask(first, last + 2 * self.padding, padded.shape[2:])
+        active = box_mask(first, last + 2 * self.padding, list(padded.shape[2:]))
         return self.encoder(padded, active.to(image.dtype)), active
 
     def _match(
@@ -156,7 +156,9 @@ class CoordinateAttention(nn.Module):
         view = [moving.shape[0], self.spatial_dims] + [1] * self.spatial_dims
         # Coordinates relative to the content's center: small numbers, small rounding.
         center = (0.5 * (first + last)).to(moving.dtype).reshape(view)
-        coordinates = identity_grid(moving_features.shape[2:], moving.dtype, moving.device) - self.padding - center
+        coordinates = (
+            identity_grid(list(moving_features.shape[2:]), moving.dtype, moving.device) - self.padding - center
+        )
         answer = attend(
             queries.flatten(2).transpose(1, 2),
             moving_features.flatten(2).transpose(1, 2),
@@ -164,6 +166,6 @@ class CoordinateAttention(nn.Module):
             allowed.flatten(1),
         )
         found = answer.transpose(1, 2).reshape(list(queries.shape[:1]) + [self.spatial_dims] + list(fixed.shape[2:]))
-        ddf = found + (center - identity_grid(fixed.shape[2:], fixed.dtype, fixed.device))
+        ddf = found + (center - identity_grid(list(fixed.shape[2:]), fixed.dtype, fixed.device))
         fixed_first, fixed_last = content_box(fixed)
         return keep_if_content(clamp_to_box(ddf, fixed_first, fixed_last), moving, fixed)

@@ -6,6 +6,7 @@ from typing import Any, Sequence, Tuple
 import torch
 from torch import nn
 
+from .active import check_pair
 from .attention import CoordinateAttention
 from .combinators import Downsample, TwoStep, both, first_step
 from .refinement import DisplacementUNet
@@ -73,6 +74,8 @@ class CARL(nn.Module):
             raise ValueError(f"factor must be at least 1, and even for nesting 'left', got {factor}.")
         if extra_refinements < 0:
             raise ValueError(f"extra_refinements must be at least 0, got {extra_refinements}.")
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
         self._arguments: dict[str, Any] = {
             "spatial_dims": spatial_dims,
             "in_channels": in_channels,
@@ -114,6 +117,7 @@ class CARL(nn.Module):
         Raises:
             ValueError: if the images do not fit the network or each other.
         """
+        check_pair(moving, fixed, self.spatial_dims, self.in_channels)
         return self.steps(moving, fixed)
 
     @torch.jit.unused
@@ -127,6 +131,7 @@ class CARL(nn.Module):
         Returns:
             The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
         """
+        check_pair(moving, fixed, self.spatial_dims, self.in_channels)
         return both(self.steps, moving, fixed)
 
     @torch.jit.unused

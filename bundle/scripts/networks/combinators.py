@@ -27,8 +27,9 @@ def both(net: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[tor
     Returns:
         The ddfs of `net(moving, fixed)` on the fixed and of `net(fixed, moving)` on the moving grid.
     """
-    if hasattr(net, "both"):
-        return net.both(moving, fixed)
+    own = getattr(net, "both", None)
+    if own is not None:
+        return own(moving, fixed)
     return net(moving, fixed), net(fixed, moving)
 
 
@@ -132,7 +133,7 @@ class Downsample(nn.Module):
         """
         moving_phase, fixed_phase = self._phase(moving), self._phase(fixed)
         ddf = self.net(self._pool(moving, moving_phase), self._pool(fixed, fixed_phase))
-        return keep_if_content(self._lift(ddf, moving_phase, fixed_phase, fixed.shape[2:]), moving, fixed)
+        return keep_if_content(self._lift(ddf, moving_phase, fixed_phase, list(fixed.shape[2:])), moving, fixed)
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -140,8 +141,8 @@ class Downsample(nn.Module):
         moving_phase, fixed_phase = self._phase(moving), self._phase(fixed)
         ddf, ddf_back = both(self.net, self._pool(moving, moving_phase), self._pool(fixed, fixed_phase))
         return (
-            keep_if_content(self._lift(ddf, moving_phase, fixed_phase, fixed.shape[2:]), moving, fixed),
-            keep_if_content(self._lift(ddf_back, fixed_phase, moving_phase, moving.shape[2:]), moving, fixed),
+            keep_if_content(self._lift(ddf, moving_phase, fixed_phase, list(fixed.shape[2:])), moving, fixed),
+            keep_if_content(self._lift(ddf_back, fixed_phase, moving_phase, list(moving.shape[2:])), moving, fixed),
         )
 
     def _phase(self, image: torch.Tensor) -> torch.Tensor:

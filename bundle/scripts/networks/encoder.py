@@ -50,6 +50,9 @@ class _TrackedNorm(nn.Module):
     Parameters and buffers carry the names of `torch.nn.BatchNorm3d`; momentum and epsilon are torch's defaults.
     """
 
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))

@@ -11,6 +11,7 @@ from .active import check_pair, keep_if_content
 
 __all__ = ["DisplacementUNet"]
 
+
 def _pad_to_even(image: torch.Tensor) -> torch.Tensor:
     """Append a voxel of zeros to each axis of odd length, so that a stride of two covers it in full."""
     pad: List[int] = []
@@ -126,7 +127,7 @@ class DisplacementUNet(nn.Module):
             ValueError: if the images do not fit the network or each other.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        x = torch.cat([_match_grid(moving, fixed.shape[2:]), fixed], dim=1)
+        x = torch.cat([_match_grid(moving, list(fixed.shape[2:])), fixed], dim=1)
         skips: List[torch.Tensor] = []
         for down in self.downs:
             skips.append(x)

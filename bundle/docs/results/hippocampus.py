@@ -1,0 +1,270 @@
+"""Compare registration methods on pairs of hippocampi of the Medical Segmentation Decathlon (Task04).
+
+Every method registers the same arrays, the project's own test pairs, normalized and padded to one canvas of 1 mm
+voxels, and answers with the same thing, a ddf. That field moves the labels by nearest neighbor, so nothing but the
+field differs between methods. For example
+
+    python bundle/docs/results/hippocampus.py --dataset_dir Task04_Hippocampus --methods unregistered,equireg
+
+prints a table and writes `hippocampus_<split>.csv`, a row per pair and method, and `.json`, the summary. The classical
+methods need antspyx 0.6.3, and picsl-greedy 1.4.0.3 with SimpleITK, which the project itself does not depend on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import torch
+from monai.metrics import compute_dice
+from monai.networks.utils import one_hot
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, ResizeWithPadOrCropd
+from torch.nn.functional import pad
+
+import equireg
+from equireg.data import PairDataset, decathlon_subjects
+from equireg.fields import warp
+from equireg.metrics import folding_fraction
+from equireg.transforms import NormalizeContentd
+
+CANVAS = (48, 64, 48)
+PAIR_SEED = 1000003  # the draw of pairs that the bundle's configs validate with
+PAIR_KEYS = ("moving", "fixed", "moving_label", "fixed_label")
+ANTS_TYPES = {"ants_affine": "SyN", "ants": "SyNOnly"}  # affine then SyN, and SyN alone from the identity
+GREEDY_STEPS = (
+    "-i fixed moving -a -ia-image-centers -m NCC 2x2x2 -n 100x50x10 -seed 1 -o affine",
+    "-i fixed moving -it affine -m NCC 2x2x2 -n 100x50x20 -seed 1 -o warp",
+)
+MEASURES = ("dice_anterior", "dice_posterior", "dice", "folding", "seconds")
+COLUMNS = ("pair", "moving", "fixed", "method", *MEASURES)
+
+# Takes moving and fixed, both (1, 1, *canvas), and returns a function that gives the ddf (1, 3, *canvas), voxels.
+# Only the first call is timed: the second may have to read the result from a file.
+Registration = Callable[[torch.Tensor, torch.Tensor], Callable[[], torch.Tensor]]
+
+
+def _need(module: str, package: str) -> Any:
+    """Import an optional module, or say which package has it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(f"This comparison needs the module '{module}': pip install {package}") from error
+
+
+def _unregistered(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Leave the moving image where it is."""
+    return lambda: torch.zeros(1, 3, *fixed.shape[2:])
+
+
+def _network(weights: str) -> Registration:
+    """Run the network alone: no alignment before it, no optimization after it."""
+    net = equireg.load_network(weights)
+
+    @torch.inference_mode()
+    def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+        ddf = net(moving, fixed)
+        return lambda: ddf
+
+    return register
+
+
+def _ants(kind: str) -> Registration:
+    """Run ANTs with all its defaults; arrays get unit spacing and no rotation, so its millimeters are voxels."""
+    ants = _need("ants", "antspyx==0.6.3")
+
+    def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+        folder = tempfile.TemporaryDirectory()
+        images = ants.from_numpy(fixed[0, 0].numpy()), ants.from_numpy(moving[0, 0].numpy())
+        result = ants.registration(*images, type_of_transform=kind, outprefix=f"{folder.name}/")
+
+        def field() -> torch.Tensor:
+            with folder:
+                path = ants.apply_transforms(*images, result["fwdtransforms"], compose=f"{folder.name}/all_")
+                composed = ants.image_read(path).numpy()  # (*canvas, 3)
+            return torch.from_numpy(np.moveaxis(composed, -1, 0).copy()).float().unsqueeze(0)
+
+        return field
+
+    return register
+
+
+def _greedy(threads: int) -> Registration:
+    """Run Greedy, affine and then deformable; here, too, millimeters are voxels."""
+    greedy, sitk = _need("picsl_greedy", "picsl-greedy==1.4.0.3"), _need("SimpleITK", "SimpleITK")
+
+    def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+        # SimpleITK reverses the axes of an array; reversing them before makes its axis i array axis i.
+        pair = {"moving": moving, "fixed": fixed}
+        images = {name: sitk.GetImageFromArray(image[0, 0].numpy().T) for name, image in pair.items()}
+        tool, options = greedy.Greedy3D(), f"-threads {threads} -V 0"
+        tool.execute(f"{GREEDY_STEPS[0]} {options}", out=io.StringIO(), **images, affine=None)
+        tool.execute(f"{GREEDY_STEPS[1]} {options}", out=io.StringIO(), **images, warp=None)
+
+        def field() -> torch.Tensor:
+            tool.execute("-rf fixed -r warp affine -rc composed -V 0", composed=None)
+            composed = sitk.GetArrayFromImage(tool["composed"])  # (*reversed canvas, 3)
+            return torch.from_numpy(composed.transpose(3, 2, 1, 0).copy()).float().unsqueeze(0)
+
+        return field
+
+    return register
+
+
+def registration(method: str, weights: str, threads: int) -> Registration:
+    """Prepare a method by its name; `ValueError` for an unknown one, `ImportError` if a package is missing."""
+    if method == "unregistered":
+        return _unregistered
+    if method == "equireg":
+        return _network(weights)
+    if method == "greedy":
+        return _greedy(threads)
+    if method in ANTS_TYPES:
+        return _ants(ANTS_TYPES[method])
+    raise ValueError(f"expected a method of unregistered, equireg, {', '.join(ANTS_TYPES)}, greedy, got '{method}'.")
+
+
+def pairs(dataset_dir: str | Path, split: str, num_pairs: int) -> PairDataset:
+    """Return the project's own pairs of a split, prepared as its configs prepare them."""
+    keys = ["image", "label"]
+    oriented = [LoadImaged(keys), EnsureChannelFirstd(keys), Orientationd(keys, axcodes="RAS", labels=None)]
+    load = Compose([*oriented, NormalizeContentd("image")])
+    fit = ResizeWithPadOrCropd(PAIR_KEYS, CANVAS)
+    return PairDataset(decathlon_subjects(dataset_dir, split), load, fit, num_pairs=num_pairs, seed=PAIR_SEED)
+
+
+def shifted(item: Mapping[str, Any], shift: int) -> dict[str, torch.Tensor]:
+    """Move the moving image and label along the first axis, on a canvas longer by `|shift|` voxels at both its ends.
+
+    Args:
+        item: `PAIR_KEYS`, each `(1, *canvas)`.
+        shift: voxels.
+
+    Returns:
+        The same keys as plain tensors `(1, 1, *longer canvas)`.
+    """
+    offsets = {key: shift if key.startswith("moving") else 0 for key in PAIR_KEYS}
+    ends = {key: (abs(shift) + offset, abs(shift) - offset) for key, offset in offsets.items()}
+    return {key: pad(torch.as_tensor(np.asarray(item[key]))[None], (0, 0, 0, 0, *ends[key])) for key in PAIR_KEYS}
+
+
+def measure(register: Registration, images: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Register one pair; return Dice of each label and their mean, the share of folded cells, and the seconds."""
+    start = time.perf_counter()
+    field = register(images["moving"], images["fixed"])
+    seconds = time.perf_counter() - start
+    ddf = field()
+    moved = warp(images["moving_label"], ddf, mode="nearest", padding="zeros")
+    moved, fixed = (one_hot(labels, num_classes=3) for labels in (moved, images["fixed_label"]))
+    anterior, posterior = compute_dice(moved, fixed, include_background=False)[0].tolist()
+    dice = {"dice_anterior": anterior, "dice_posterior": posterior, "dice": (anterior + posterior) / 2}
+    return {**dice, "folding": folding_fraction(ddf).item(), "seconds": seconds}
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return for each method the mean and standard deviation over pairs of every measure, and the median seconds."""
+    summary: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        values = {key: np.array([row[key] for row in rows if row["method"] == method]) for key in MEASURES}
+        summary[method] = {f"{key}_mean": float(values[key].mean()) for key in MEASURES[:-1]}
+        summary[method] |= {f"{key}_sd": float(values[key].std()) for key in MEASURES[:-1]}
+        summary[method]["seconds_median"] = float(np.median(values["seconds"]))
+    return summary
+
+
+def table(summary: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the summary as a Markdown table."""
+    lines = ["| method | Dice anterior | Dice posterior | mean Dice | folded | seconds |", "|---|---|---|---|---|---|"]
+    for method, row in summary.items():
+        dice = [f"{row[f'{key}_mean']:.3f} ± {row[f'{key}_sd']:.3f}" for key in MEASURES[:3]]
+        cells = [method, *dice, f"{row['folding_mean']:.3%}", f"{row['seconds_median']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def provenance(threads: int) -> dict[str, Any]:
+    """Return the machine and the versions of the packages, of those installed, on which the numbers depend."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
+    cpu = (models or [platform.processor() or platform.machine()])[0]
+    installed = {str(entry.metadata["Name"]).lower().replace("_", "-"): entry.version for entry in distributions()}
+    packages = ("equireg", "torch", "monai", "antspyx", "picsl-greedy", "simpleitk")
+    versions = {name: installed[name] for name in packages if name in installed}
+    return {"machine": f"{cpu}, {os.cpu_count()} cores, threads per method: {threads}", "versions": versions}
+
+
+def main(
+    dataset_dir: str,
+    methods: str | Sequence[str] = ("unregistered", "equireg", "ants_affine", "ants", "greedy"),
+    weights: str = "hippocampus",
+    num_pairs: int = 50,
+    split: str = "test",
+    shift: int = 0,
+    threads: int = 1,
+    output_dir: str = "output",
+) -> None:
+    """Register pairs of hippocampi with several methods; print a table, write a CSV and a JSON file.
+
+    Args:
+        dataset_dir: folder of Task04_Hippocampus, with its `dataset.json`.
+        methods: names separated by commas: unregistered, equireg, ants_affine, ants, greedy.
+        weights: name of shipped weights or path of a weights file, for equireg.
+        num_pairs: how many ordered pairs of different subjects, of those of the split.
+        split: "training", "validation" or "test".
+        shift: move the moving image and its label by so many voxels along the first axis, on a longer canvas.
+        threads: threads of every method.
+        output_dir: where the files go.
+    """
+    torch.set_num_threads(threads)
+    # Both are read when the libraries start, so they are set before the first of them is imported.
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(threads)
+    os.environ.setdefault("ANTS_RANDOM_SEED", "1")
+    tqdm = _need("tqdm", "tqdm").tqdm
+    names = methods.replace(" ", "").split(",") if isinstance(methods, str) else list(methods)
+    registers = {name: registration(name, weights, threads) for name in names}
+    dataset = pairs(dataset_dir, split, num_pairs)
+
+    first = shifted(dataset[0], shift)
+    for register in registers.values():  # the first call of a library is slower than the others
+        measure(register, first)
+
+    path = Path(output_dir, f"hippocampus_{split}" + (f"_shift{shift}" if shift else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        for number in tqdm(range(len(dataset)), desc="pairs"):
+            item = dataset[number]
+            subjects = {k: Path(item[k].meta["filename_or_obj"]).name.split(".")[0] for k in ("moving", "fixed")}
+            images = shifted(item, shift)
+            for method, register in registers.items():
+                rows.append({"pair": number, **subjects, "method": method, **measure(register, images)})
+                writer.writerow(rows[-1])
+            stream.flush()
+    summary = summarize(rows)
+    report = {
+        "data": f"Medical Segmentation Decathlon, Task04_Hippocampus, {len(dataset)} pairs of the {split} split",
+        "shift": shift,
+        "settings": {"equireg": Path(weights).name, **ANTS_TYPES, "greedy": GREEDY_STEPS},
+        **provenance(threads),
+        "summary": summary,
+    }
+    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,92 @@
+"""Random transforms of pairs: what moves together, known answers, repeatability and messages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from equireg.augmentation import RandShiftd, RandWarpPaird
+from equireg.fields import warp
+
+
+def affine(scale: float) -> torch.Tensor:
+    return torch.diag(torch.tensor([scale, scale, scale, 1.0], dtype=torch.float64))
+
+
+def single_voxels(keys: list[str], size: int = 21) -> dict[str, torch.Tensor]:
+    image = torch.zeros(1, size, size)
+    image[0, size // 2, size // 2] = 1
+    return {key: image.clone() for key in keys}
+
+
+def test_rand_shift_moves_groups_together_and_apart_from_each_other() -> None:
+    keys = ["moving", "moving_label", "fixed", "fixed_label"]
+    transform = RandShiftd([("moving", "moving_label"), ("fixed", "fixed_label")], max_shift=(4, 0))
+    transform.set_random_state(0)
+    seen = set()
+    for _ in range(60):
+        item = single_voxels(keys)
+        out = transform(item)
+        at = {key: tuple((out[key][0].nonzero()[0] - 10).tolist()) for key in keys}
+        assert at["moving"] == at["moving_label"] and at["fixed"] == at["fixed_label"]
+        assert abs(at["moving"][0]) <= 4 and at["moving"][1] == 0
+        assert item["moving"][0, 10, 10] == 1  # the input stays as it was
+        seen.add((at["moving"][0], at["fixed"][0]))
+    assert {m for m, _ in seen} == set(range(-4, 5)) == {f for _, f in seen}
+    assert len(seen) > 30  # independent: far more combinations than one shift for both would give
+
+
+def test_rand_shift_loses_what_leaves_keeps_metadata_and_respects_prob() -> None:
+    image = MetaTensor(torch.ones(1, 4, 4, 4), affine=affine(2.0))
+    moved = RandShiftd(["image"], max_shift=3).set_random_state(1)({"image": image})["image"]
+    assert 0 < moved.sum() < 64 and torch.equal(moved.affine, affine(2.0))
+    assert RandShiftd(["image"], max_shift=3, prob=0.0)({"image": image})["image"] is image
+    same = [RandShiftd(["image"], 3).set_random_state(5)({"image": image})["image"] for _ in range(2)]
+    assert torch.equal(*same)
+    partial = RandShiftd([("image", "label")], 1, allow_missing_keys=True)({"image": image})
+    assert set(partial) == {"image"}
+    with pytest.raises(KeyError):
+        RandShiftd([("image", "label")], 1)({"image": image})
+    with pytest.raises(ValueError, match="max_shift expects one number or 3"):
+        RandShiftd(["image"], (1, 2))({"image": image})
+    with pytest.raises(ValueError, match="at least 0, got -1"):
+        RandShiftd(["image"], -1)
+
+
+def test_rand_warp_pair_of_a_pure_shift_is_exact() -> None:
+    image = torch.zeros(1, 30, 26)
+    image[:, 10:17, 8:15] = torch.rand(1, 7, 7)
+    item = RandWarpPaird(sigma=[0.0], points=[3], shift=(4, -5))({"image": image})
+    assert torch.equal(item["moving"], image)
+    torch.testing.assert_close(item["fixed"], torch.roll(image, (4, -5), (1, 2)), atol=1e-5, rtol=0)
+    assert item["true_ddf"].flatten(1).unique(dim=1).flatten().tolist() == [-4.0, 5.0]
+
+
+def test_rand_warp_pair_truth_reproduces_the_fixed_image() -> None:
+    image = torch.zeros(2, 48, 40)
+    image[:, 12:36, 12:28] = torch.rand(2, 24, 16)
+    transform = RandWarpPaird(shift=3.0).set_random_state(2)
+    first, second = transform({"image": image}), transform({"image": image})
+    for item in (first, second):
+        moved = warp(item["moving"][None], item["true_ddf"][None], padding="zeros")[0]
+        assert torch.equal(moved, item["fixed"])
+        assert torch.equal(item["moving"], image) and item["true_ddf"].shape == (2, 48, 40)
+    assert not torch.equal(first["true_ddf"], second["true_ddf"])
+    again = RandWarpPaird(shift=3.0).set_random_state(2)({"image": image})
+    assert torch.equal(again["fixed"], first["fixed"])
+    still = RandWarpPaird(sigma=[0.0], points=[3], shift=3.0).set_random_state(2)({"image": image})
+    torch.testing.assert_close(still["true_ddf"].norm(dim=0), torch.full((48, 40), 3.0))
+
+
+def test_rand_warp_pair_scales_with_the_image_and_says_what_it_expects() -> None:
+    small, large = (
+        RandWarpPaird([0.05], [3]).set_random_state(7)({"image": torch.rand(1, n, n)})["true_ddf"] for n in (21, 41)
+    )
+    torch.testing.assert_close(large[:, ::2, ::2] / 41, small / 21, atol=1e-5, rtol=0)
+    volume = RandWarpPaird()({"image": MetaTensor(torch.rand(1, 9, 8, 7), affine=affine(2.0))})
+    assert volume["true_ddf"].shape == (3, 9, 8, 7) and torch.equal(volume["fixed"].affine, affine(2.0))
+    with pytest.raises(ValueError, match="one sigma per number of points"):
+        RandWarpPaird([0.1], [3, 6])
+    with pytest.raises(ValueError, match="shift expects one number or 2"):
+        RandWarpPaird(shift=(1, 2, 3))({"image": torch.rand(1, 8, 8)})

@@ -1,0 +1,129 @@
+"""Boxes and grid shifts against loops over samples and voxels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers_networks import content, place
+
+from equireg.networks.active import (
+    box_mask,
+    check_pair,
+    clamp_to_box,
+    content_box,
+    has_content,
+    keep_if_content,
+    pad_all,
+    shift_grid,
+)
+
+SHAPES = [(9,), (7, 10), (5, 6, 7)]
+
+
+def sparse(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Four samples of two channels with a few voxels of content each, negative ones too; the third one is empty."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(4, 2, *shape, generator=generator)
+    values = values * (torch.rand(values.shape, generator=generator) < 3 / values[0].numel())
+    values[2] = 0.0
+    values[3, 1, ..., -1] = 1e-30
+    return values
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_content_box_equals_numpy(shape: tuple[int, ...], seed: int) -> None:
+    image = sparse(shape, seed)
+    first, last = content_box(image)
+    assert first.dtype == last.dtype == torch.long
+    for b, sample in enumerate(image.numpy()):
+        found = np.argwhere((sample != 0).any(axis=0))
+        expected = (found.min(0), found.max(0)) if len(found) else (np.zeros(len(shape)), np.array(shape) - 1)
+        np.testing.assert_array_equal(first[b], expected[0])
+        np.testing.assert_array_equal(last[b], expected[1])
+    assert has_content(image).tolist() == [bool((s != 0).any()) for s in image]
+    assert not has_content(image)[2]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_box_mask_equals_a_loop(shape: tuple[int, ...]) -> None:
+    """Each sample has its own box; boxes reach over the grid and one is empty."""
+    first = torch.randint(-3, 4, (6, len(shape)))
+    last = first + torch.randint(0, 9, (6, len(shape)))
+    last[5] = first[5] - 1
+    mask = box_mask(first, last, list(shape))
+    assert mask.shape == (6, 1, *shape) and mask.dtype == torch.bool
+    for b in range(6):
+        for at in np.ndindex(*shape):
+            assert mask[(b, 0, *at)] == all(f <= x <= e for f, x, e in zip(first[b], at, last[b]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clamp_to_box_takes_the_nearest_value_inside(shape: tuple[int, ...]) -> None:
+    values = torch.rand(4, 3, *shape)
+    first = torch.randint(0, 3, (4, len(shape)))
+    last = first + torch.randint(0, 3, (4, len(shape)))
+    clamped = clamp_to_box(values, first, last)
+    for b in range(4):
+        for at in np.ndindex(*shape):
+            nearest = tuple(np.clip(at, first[b], last[b]))
+            assert torch.equal(clamped[(b, slice(None), *at)], values[(b, slice(None), *nearest)])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+def test_shift_grid_equals_a_loop(shape: tuple[int, ...], padding: str) -> None:
+    values = torch.rand(4, 2, *shape) + 0.5
+    offset = torch.randint(-4, 5, (4, len(shape)))
+    offset[0] = 100  # all outside
+    target = [n + d for n, d in zip(shape, (2, -3, 1))]
+    shifted = shift_grid(values, offset, target, padding)
+    assert list(shifted.shape) == [4, 2, *target]
+    for b in range(4):
+        for at in np.ndindex(*target):
+            source = np.array(at) + offset[b].numpy()
+            nearest = np.clip(source, 0, np.array(shape) - 1)
+            expected = values[(b, slice(None), *nearest)]
+            if padding == "zeros" and (nearest != source).any():
+                expected = torch.zeros(2)
+            assert torch.equal(shifted[(b, slice(None), *at)], expected)
+
+
+def test_shift_grid_passes_gradients() -> None:
+    values = torch.rand(2, 1, 4, 3, dtype=torch.float64, requires_grad=True)
+    offset = torch.tensor([[1, -1], [0, 2]])
+    for padding in ("zeros", "border"):
+        assert torch.autograd.gradcheck(lambda v, p=padding: shift_grid(v, offset, [5, 4], p), (values,))
+
+
+def test_keep_if_content_is_per_sample() -> None:
+    images = place(content(2, 2, batch=4), (5, 5), (1, 2))
+    moving, fixed = images.clone(), images.clone()
+    moving[1], fixed[2] = 0.0, 0.0
+    ddf = torch.rand(4, 2, 5, 5, requires_grad=True)
+    kept = keep_if_content(ddf, moving, fixed)
+    assert torch.equal(kept[[0, 3]], ddf[[0, 3]]) and (kept[[1, 2]] == 0).all()
+    kept.sum().backward()
+    assert ddf.grad[:, 0, 0, 0].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_pad_all() -> None:
+    image = content(3, 4, 5)
+    assert torch.equal(pad_all(image, 2), place(image, (7, 8, 9), (2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("moving", "fixed", "message"),
+    [
+        ((1, 1, 4), (1, 1, 4, 4), r"the moving image must have 4 axes .*got shape \[1, 1, 4\]"),
+        ((1, 1, 4, 4), (1, 1, 4, 4, 4), r"the fixed image must have 4 axes .*got shape \[1, 1, 4, 4, 4\]"),
+        ((1, 1, 4, 4), (1, 2, 4, 4), r"the fixed image must have 1 channel\(s\), got 2"),
+        ((1, 1, 4, 0), (1, 1, 4, 4), r"must not have an empty axis, got shape \[1, 1, 4, 0\]"),
+        ((2, 1, 4, 4), (3, 1, 4, 4), r"one batch size, got 2 and 3"),
+    ],
+)
+def test_check_pair_refuses(moving: tuple[int, ...], fixed: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pair(torch.zeros(moving), torch.zeros(fixed), spatial_dims=2, in_channels=1)
+    check_pair(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 3, 9), spatial_dims=2, in_channels=1)

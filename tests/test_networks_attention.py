@@ -1,0 +1,267 @@
+"""The encoder sees content alone, attention is an explicit softmax, and the answer follows every whole-voxel move."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_networks import content, count, moved_field, place, randomized, vector
+from torch import nn
+
+from equireg.networks import CoordinateAttention, Downsample
+from equireg.networks.attention import attend
+from equireg.networks.encoder import Encoder
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}  # voxels; measured: 1.4e-6 and 5e-15
+DTYPES = [torch.float32, torch.float64]
+# Content size, the canvas it lies in first, and other canvases with the place of the content's first voxel in each:
+# in the middle, touching each border, cropped to the content, and far away in a corner.
+CONTENT = {2: (9, 7), 3: (5, 4, 6)}
+CANVAS = {2: ((19, 18), (5, 6)), 3: ((12, 11, 13), (3, 3, 4))}
+OTHERS = {
+    2: [((19, 18), (8, 2)), ((19, 18), (0, 11)), ((19, 18), (10, 0)), ((9, 7), (0, 0)), ((31, 9), (22, 2))],
+    3: [((12, 11, 13), (7, 0, 7)), ((5, 4, 6), (0, 0, 0)), ((6, 17, 9), (1, 13, 0))],
+}
+CASES = [(dims, padding, *other) for dims in (2, 3) for padding in (0, 2) for other in OTHERS[dims]]
+CASES += [(dims, 9, *OTHERS[dims][k]) for dims, k in [(2, 1), (2, 4), (3, 1)]]  # the authors' padding: a large canvas
+
+
+def attention(dims: int, dtype: torch.dtype = torch.float32, padding: int = 2, channels: int = 1):
+    return randomized(CoordinateAttention(dims, channels, 8, padding=padding), dtype)
+
+
+class PlainEncoder(nn.Module):
+    """The same layers as everybody writes them: zero padding, biases, torch's batch normalization."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        def convolve(layer, x: torch.Tensor) -> torch.Tensor:
+            function = F.conv2d if x.dim() == 4 else F.conv3d
+            dilation = layer.conv.dilation
+            return function(x, layer.conv.weight, layer.bias, padding=dilation, dilation=dilation)
+
+        x = torch.relu(convolve(self.encoder.first, image))
+        for block in (self.encoder.block1, self.encoder.block2, self.encoder.block3):
+            norm = block.norm
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5)
+            x = x + convolve(block.conv3, convolve(block.conv2, convolve(block.conv1, x).relu()).relu())
+        return 4.0 * x / (x.norm(dim=1, keepdim=True) + 1e-3)
+
+
+# ---- encoder
+
+
+@pytest.mark.parametrize(("dims", "expected"), [(2, 1_330_304), (3, 3_986_816)])
+def test_published_parameter_counts(dims: int, expected: int) -> None:
+    assert count(CoordinateAttention(dims, 1, 128)) == expected
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@torch.no_grad()
+def test_encoder_has_the_layers_of_a_plain_one(dims: int) -> None:
+    """Where everything is active, only the border tells them apart: it reaches 22 voxels in, or the layers differ."""
+    encoder = randomized(Encoder(dims, 2, 3), torch.float64)
+    shape = (47, 46, 45)[:dims]
+    image = torch.randn(1, 2, *shape, dtype=torch.float64)
+    difference = (encoder(image, torch.ones_like(image[:, :1])) - PlainEncoder(encoder)(image, image)).abs()
+    assert difference[(..., *[slice(22, -22)] * dims)].max() < 1e-12
+    assert difference.max() > 1e-3
+
+
+@pytest.mark.parametrize(("dims", "padding", "shape", "at"), CASES)
+@torch.no_grad()
+def test_features_are_the_contents_alone(dims: int, padding: int, shape, at) -> None:
+    net, values = attention(dims, padding=padding, channels=2), content(*CONTENT[dims], channels=2)
+    size = [n + 2 * padding for n in CONTENT[dims]]
+
+    def features(shape, at) -> torch.Tensor:
+        encoded, active = net._encode(place(values, shape, at))
+        # On the padded canvas the grown box of the content starts where the content does on the canvas.
+        for axis, (start, length) in enumerate(zip(at, size)):
+            encoded, active = encoded.narrow(2 + axis, start, length), active.narrow(2 + axis, start, length)
+        assert active.all()
+        return encoded
+
+    reference = features(*CANVAS[dims])
+    torch.testing.assert_close(features(shape, at), reference, rtol=0, atol=1e-5)
+    assert reference.std(dim=list(range(2, 2 + dims))).max() > 0.3
+    norm = reference.norm(dim=1)
+    assert (norm <= 4.0 + 1e-5).all() and norm.min() > 3.9
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (4, 5, 3)])
+def test_batch_normalization_counts_active_voxels_only(shape: tuple[int, ...]) -> None:
+    norm = Encoder(len(shape), 1, 5).block1.norm.double()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    reference = nn.BatchNorm1d(5, dtype=torch.float64)
+    reference.load_state_dict(norm.state_dict(), strict=False)
+    active = (torch.rand(3, 1, *shape) < 0.4).double()
+    background = torch.randn(5, dtype=torch.float64)
+    for step in range(3):
+        deviation = (torch.randn(3, 5, *shape, dtype=torch.float64) * (1 + step) * active).requires_grad_()
+        out, out_background = norm.train()(deviation, background, active)
+        gathered = (deviation + background.reshape(1, 5, *[1] * len(shape))).movedim(1, -1)[active[:, 0] > 0]
+        expected = reference.train()(gathered)
+        got = (out + out_background.reshape(1, 5, *[1] * len(shape))).movedim(1, -1)[active[:, 0] > 0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(norm.running_mean, reference.running_mean, rtol=0, atol=1e-12)
+        torch.testing.assert_close(norm.running_var, reference.running_var, rtol=0, atol=1e-12)
+        assert (out * (1 - active) == 0).all()
+        weights = torch.randn_like(got)
+        (mine,) = torch.autograd.grad((got * weights).sum(), deviation, retain_graph=True)
+        (theirs,) = torch.autograd.grad((expected * weights).sum(), deviation)
+        torch.testing.assert_close(mine * active, theirs * active, rtol=0, atol=1e-12)
+    # In eval mode both use what they have seen, and the response to background follows the same line.
+    out, out_background = norm.eval()(deviation, background, active)
+    got = (out + out_background.reshape(1, 5, *[1] * len(shape))).movedim(1, -1)[active[:, 0] > 0]
+    torch.testing.assert_close(got, reference.eval()(gathered), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out_background, reference(background.expand(2, 5))[0], rtol=0, atol=1e-12)
+
+
+def test_training_statistics_do_not_depend_on_the_canvas() -> None:
+    states = []
+    for shape, at in [((12, 11), (1, 2)), ((25, 30), (14, 19))]:
+        torch.manual_seed(1)
+        net = CoordinateAttention(2, 1, 8).train()
+        image = place(content(8, 9), shape, at)
+        net(image, image)
+        states.append({k: v for k, v in net.state_dict().items() if "running" in k})
+    assert len(states[0]) == 6
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+# ---- attend
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_equals_an_explicit_softmax(masked: bool) -> None:
+    queries, keys = (4 * F.normalize(torch.randn(3, n, 8, dtype=torch.float64), dim=2) for n in (11, 17))
+    values = torch.randn(3, 17, 3, dtype=torch.float64)
+    allowed = torch.rand(3, 17) < 0.4 if masked else torch.ones(3, 17, dtype=torch.bool)
+    allowed[:, 5] = True
+    leaves = [t.requires_grad_() for t in (queries, keys, values)]
+    logits = torch.einsum("bqf,bkf->bqk", queries, keys).masked_fill(~allowed[:, None], float("-inf"))
+    expected = torch.softmax(logits, dim=2) @ values
+    answer = attend(queries, keys, values, allowed)
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad((answer * weights).sum(), leaves), torch.autograd.grad((expected * weights).sum(), leaves)
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+    single = attend(queries.float(), keys.float(), values.float(), allowed)
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-5)
+
+
+# ---- equivariance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dims", "padding", "shape", "at"), CASES)
+@torch.no_grad()
+def test_answer_follows_the_moving_content(dims: int, padding: int, shape, at, dtype: torch.dtype) -> None:
+    net = attention(dims, dtype, padding)
+    values, fixed = (
+        content(*CONTENT[dims], dtype=dtype),
+        place(content(*CONTENT[dims], seed=1, dtype=dtype), *CANVAS[dims]),
+    )
+    ddf = net(place(values, *CANVAS[dims]), fixed)
+    by = [a - b for a, b in zip(at, CANVAS[dims][1])]
+    error = (net(place(values, shape, at), fixed) - ddf - vector(by, ddf)).abs().max()
+    assert error < TOLERANCE[dtype]
+    assert ddf.std(dim=list(range(2, 2 + dims))).min() > 0.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1, 2, 3, 4])
+@pytest.mark.parametrize("dims", [2, 3])
+@torch.no_grad()
+def test_answer_follows_both_contents_at_any_resolution(dims: int, factor: int, dtype: torch.dtype) -> None:
+    """Either content moves by any whole vector onto canvases of other shapes, also where the pooling phase changes."""
+    net = Downsample(attention(dims, dtype), factor, content_phase=True)
+    one, two = content(*CONTENT[dims], dtype=dtype), content(*CONTENT[dims], seed=1, dtype=dtype)
+    # The reference canvas leaves a margin in which the field has reached what it continues with.
+    shape, at = CANVAS[dims]
+    shape, at = [n + 2 * factor for n in shape], [a + factor for a in at]
+    ddf = net(place(one, shape, at), place(two, shape, at))
+    assert ddf.abs().max() > 0.3
+    for (moving_shape, moving_at), (fixed_shape, fixed_at) in itertools.product(OTHERS[dims][:3], OTHERS[dims][1:]):
+        answer = net(place(one, moving_shape, moving_at), place(two, fixed_shape, fixed_at))
+        by_moving, by_fixed = ([a - b for a, b in zip(x, at)] for x in (moving_at, fixed_at))
+        expected = moved_field(ddf, fixed_shape, by_fixed) + vector(by_moving, ddf) - vector(by_fixed, ddf)
+        torch.testing.assert_close(answer, expected, rtol=0, atol=factor * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_plain_encoder_fails_this_test(dims: int) -> None:
+    net = attention(dims)
+    net.encoder = PlainEncoder(net.encoder)
+    values, fixed = content(*CONTENT[dims]), place(content(*CONTENT[dims], seed=1), *CANVAS[dims])
+    ddf = net(place(values, *CANVAS[dims]), fixed)
+    shape, at = OTHERS[dims][0]
+    by = [a - b for a, b in zip(at, CANVAS[dims][1])]
+    assert (net(place(values, shape, at), fixed) - ddf - vector(by, ddf)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_field_depends_on_what_the_content_is(dims: int) -> None:
+    """Permuting its values keeps box, mass and histogram, and changes the answer."""
+    net, values = attention(dims), content(*CONTENT[dims])
+    fixed = place(content(*CONTENT[dims], seed=1), *CANVAS[dims])
+    permuted = values.flatten()[torch.randperm(values.numel())].reshape(values.shape)
+    one, two = (net(place(v, *CANVAS[dims]), fixed) for v in (values, permuted))
+    assert (one - two).abs().max() > 0.4
+
+
+def test_samples_of_a_batch_do_not_see_each_other() -> None:
+    net = attention(2)
+    moving = torch.cat(
+        [place(content(6, 7, seed=s), (16, 15), at) for s, at in [(0, (0, 8)), (1, (9, 3)), (2, (1, 1))]]
+    )
+    fixed = torch.cat(
+        [place(content(8, 5, seed=s), (13, 17), at) for s, at in [(3, (5, 0)), (4, (0, 12)), (5, (4, 4))]]
+    )
+    moving[1] = 0.0
+    alone = torch.cat([net(m[None], f[None]) for m, f in zip(moving, fixed)])
+    together = net(moving, fixed)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert (together[1] == 0).all() and (together[0] != 0).any()
+
+
+def test_outside_the_fixed_content_the_nearest_displacement_continues() -> None:
+    ddf = attention(2)(place(content(6, 7), (16, 15), (2, 2)), place(content(6, 7), (16, 15), (5, 4)))
+    index = [torch.arange(16).clamp(5, 10), torch.arange(15).clamp(4, 10)]
+    assert torch.equal(ddf, ddf[:, :, index[0]][:, :, :, index[1]])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_directions(training: bool) -> None:
+    net = attention(2).train(training)
+    one, two = place(content(6, 7), (14, 15), (2, 5)), place(content(8, 6, seed=1), (14, 15), (4, 0))
+    there, back = net.both(one, two)
+    if training:  # batch statistics of both images: as encoding the two as one batch
+        batch = attention(2).train()(torch.cat([one, two]), torch.cat([two, one]))
+        assert there.shape == batch[:1].shape and torch.isfinite(there).all() and torch.isfinite(back).all()
+    else:
+        assert torch.equal(there, net(one, two)) and torch.equal(back, net(two, one))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims must be 2 or 3, got 4"),
+        ({"spatial_dims": 2, "in_channels": 0}, "got 0, 128 and 2"),
+        ({"spatial_dims": 3, "feature_channels": 2}, "got 1, 2 and 2"),
+        ({"spatial_dims": 3, "padding": -1}, "got 1, 128 and -1"),
+    ],
+)
+def test_attention_refuses(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CoordinateAttention(**arguments)

@@ -1,0 +1,113 @@
+"""The one-tensor adapter: what hosts get in eval and train mode, scripted and traced."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers_networks import SMALL, content, place, randomized
+from torch import nn
+
+from equireg.fields import warp
+from equireg.networks import CARL, DisplacementUNet, PairNetwork
+from equireg.networks.carl import NESTINGS
+
+
+def pair_network(dims: int, nesting: str = "deck", channels: int = 1, two_way: bool = True) -> PairNetwork:
+    return PairNetwork(randomized(CARL(dims, channels, nesting=nesting, **SMALL)), two_way).eval()
+
+
+def stacked(shape: tuple[int, ...], seed: int = 0, channels: int = 1, batch: int = 1) -> torch.Tensor:
+    """A pair whose contents lie apart, each sample's at places of its own."""
+    samples = []
+    generator = torch.Generator().manual_seed(seed)
+    for k in range(batch):
+        images = []
+        for part in (0, 1):
+            size = [n // 2 + 1 for n in shape]
+            at = [int(torch.randint(0, n - s + 1, (1,), generator=generator)) for n, s in zip(shape, size)]
+            images.append(place(content(*size, seed=100 * seed + 10 * k + part, channels=channels), shape, at))
+        samples.append(torch.cat(images, dim=1))
+    return torch.cat(samples)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("dims", "shape"), [(2, (21, 18)), (3, (10, 11, 9))])
+def test_eval_layout(dims: int, shape: tuple[int, ...], channels: int) -> None:
+    network, image = pair_network(dims, channels=channels), stacked(shape, channels=channels, batch=2)
+    moving, fixed = image[:, :channels], image[:, channels:]
+    pred = network(image)
+    assert pred.shape == (2, dims + channels, *shape)
+    ddf = network.net(moving, fixed)
+    assert torch.equal(pred[:, :dims], ddf)
+    assert torch.equal(pred[:, dims:], warp(moving, ddf, padding="zeros"))
+    assert (ddf != 0).any()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("dims", "shape"), [(2, (21, 18)), (3, (10, 11, 9))])
+def test_train_layout(dims: int, shape: tuple[int, ...], channels: int) -> None:
+    """Both directions, each a ddf and a warped image, from the same weights and running statistics."""
+    network, image = pair_network(dims, channels=channels).train(), stacked(shape, channels=channels, batch=2)
+    network.net.eval()  # without batch statistics the two modes are comparable
+    moving, fixed = image[:, :channels], image[:, channels:]
+    pred = network(image)
+    assert pred.shape == (2, 2 * (dims + channels), *shape)
+    ddf, moved, ddf_back, moved_back = pred.split([dims, channels, dims, channels], dim=1)
+    assert torch.equal(ddf, network.net(moving, fixed))
+    assert torch.equal(moved, warp(moving, ddf, padding="zeros"))
+    assert torch.equal(ddf_back, network.net(fixed, moving))
+    assert torch.equal(moved_back, warp(fixed, ddf_back, padding="zeros"))
+
+
+def test_one_way_training_and_networks_without_both() -> None:
+    network, image = pair_network(2, two_way=False).train(), stacked((16, 17))
+    assert network(image).shape == (1, 3, 16, 17)
+    network = PairNetwork(randomized(DisplacementUNet(2, 1, (4, 8)))).train()
+    assert network(image).shape == (1, 6, 16, 17)
+    network(image).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["scripted", "traced"])
+@pytest.mark.parametrize("nesting", NESTINGS)
+@pytest.mark.parametrize(("dims", "shape", "other"), [(2, (21, 18), (33, 29)), (3, (10, 9, 12), (13, 14, 7))])
+def test_exported_equals_eager(dims: int, shape, other, nesting: str, form: str, tmp_path) -> None:
+    """With content elsewhere, on another shape, with a batch of two, and after saving and loading."""
+    network, example = pair_network(dims, nesting), stacked(shape)
+    exported = compile_as(form, network, example)
+    torch.jit.save(exported, tmp_path / "network.ts")
+    exported = torch.jit.load(tmp_path / "network.ts")
+    images = [example, stacked(shape, seed=3), stacked(other, seed=4), stacked(other, seed=5, batch=2)]
+    images.append(torch.cat([images[-1], torch.zeros_like(images[-1])]))
+    for image in images:
+        torch.testing.assert_close(exported(image), network(image), rtol=0, atol=1e-5)
+
+
+def compile_as(form: str, network: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
+    if form == "scripted":
+        return torch.jit.script(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of shapes, which hold for other shapes too
+        return torch.jit.trace(network, example)
+
+
+def test_scripted_refuses_as_eager_does() -> None:
+    scripted = torch.jit.script(pair_network(2))
+    with pytest.raises(Exception, match=r"expected a stacked pair \(B, 2C, \*spatial\).* got \[1, 3, 8, 8\]"):
+        scripted(torch.rand(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 1, 8, 8), (2, 8)])
+def test_odd_channels_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected a stacked pair \(B, 2C, \*spatial\) with moving and fixed channels"
+    ):
+        pair_network(2)(torch.rand(shape))
+
+
+def test_wrong_number_of_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the moving image must have 1 channel\(s\), got 2"):
+        pair_network(2)(torch.rand(1, 4, 8, 8))
