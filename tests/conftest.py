@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder with real images, or skip the test where it is missing."""
-    folder = ROOT.parent / "shared" / "data"
+    folder = Path(os.environ.get("EQUIREG_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"needs real images in {folder}, which does not exist")
     return folder

@@ -16,7 +16,7 @@ OTHERS = {
     2: [((22, 24), (5, 11)), ((22, 24), (9, 0)), ((13, 10), (0, 0)), ((17, 33), (2, 23)), ((40, 12), (27, 1))],
     3: [((13, 12, 14), (6, 0, 6)), ((7, 6, 8), (0, 0, 0)), ((9, 15, 11), (1, 9, 2))],
 }
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-13}  # voxels; measured: 8e-6 and 2e-14
 
 
 def carl(dims: int, nesting: str = "deck", dtype: torch.dtype = torch.float32, **options) -> CARL:
@@ -58,7 +58,7 @@ def test_untrained_refinements_change_nothing(nesting: str) -> None:
     net = CARL(2, nesting=nesting, **SMALL).eval()
     values, fixed = pair(2)
     moving = place(values, *CANVAS[2])
-    torch.testing.assert_close(net(moving, fixed), net.attention_stage()(moving, fixed), rtol=0, atol=1e-6)
+    torch.testing.assert_close(net(moving, fixed), net.attention_stage()(moving, fixed), rtol=0, atol=1e-5)
 
 
 # ---- equivariance
@@ -103,7 +103,9 @@ def test_attention_stage_follows_the_fixed_content(dims: int, nesting: str, dtyp
     # A reference canvas with room around the content, for the field to reach what it continues with.
     shape, at = [n + 8 for n in CANVAS[dims][0]], [a + 4 for a in CANVAS[dims][1]]
     ddf = stage(moving, place(inside, shape, at))
-    for other_shape, other_at in OTHERS[dims]:
+    # Pooled twice, a canvas that ends with the content cuts off what is interpolated at its last voxel.
+    room = 2 if nesting == "left" else 0
+    for other_shape, other_at in [([n + room for n in shape], at) for shape, at in OTHERS[dims]]:
         by = [a - b for a, b in zip(other_at, at)]
         expected = moved_field(ddf, other_shape, by) - vector(by, ddf)
         answer = stage(moving, place(inside, other_shape, other_at))
@@ -126,16 +128,15 @@ def test_field_depends_on_what_the_content_is(nesting: str) -> None:
 @pytest.mark.parametrize("nesting", NESTINGS)
 @pytest.mark.parametrize(
     ("moving", "fixed"),
-    [((5, 17), (33, 5)), ((1, 1), (2, 3)), ((13, 7), (13, 7)), ((5, 17, 9), (9, 5, 11)), ((1, 5, 2),) * 2],
+    [((5, 17), (33, 5)), ((1, 1), (2, 3)), ((13, 7), (13, 7)), ((5, 17, 9), (9, 5, 11)), ((1, 5, 2), (1, 5, 2))],
 )
 def test_any_shapes(moving: tuple[int, ...], fixed: tuple[int, ...], nesting: str) -> None:
     net = carl(len(moving), nesting)
-    there, back = net.both(content(*moving, batch=2), content(*fixed, batch=2, seed=1))
+    one, two = content(*moving, batch=2), content(*fixed, batch=2, seed=1)
+    there, back = net.both(one, two)
     assert there.shape == (2, len(moving), *fixed) and back.shape == (2, len(moving), *moving)
     assert torch.isfinite(there).all() and torch.isfinite(back).all()
-    torch.testing.assert_close(
-        there, net(content(*moving, batch=2), content(*fixed, batch=2, seed=1)), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(there, net(one, two), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -230,8 +231,11 @@ def test_carl_refuses(options: dict, message: str) -> None:
         ((2, 1, 9, 9), (3, 1, 9, 9), "one batch size, got 2 and 3"),
         ((1, 1, 9, 9, 9), (1, 1, 9, 9, 9), r"moving image must have 4 axes \(batch, channel and 2 spatial ones\)"),
         ((1, 1, 9, 9), (1, 1, 9), "fixed image must have 4 axes"),
+        ((1, 1, 9, 9), (1, 1, 0, 9), r"fixed image must not have an empty axis, got shape \[1, 1, 0, 9\]"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(moving, fixed, message: str, nesting: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        carl(2, nesting)(torch.ones(moving), torch.ones(fixed))
+    net = carl(2, nesting)
+    for call in (net, net.both):
+        with pytest.raises(ValueError, match=message):
+            call(torch.ones(moving), torch.ones(fixed))

@@ -72,9 +72,11 @@ def test_one_way_training_and_networks_without_both() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["scripted", "traced"])
-@pytest.mark.parametrize("nesting", NESTINGS)
-@pytest.mark.parametrize(("dims", "shape", "other"), [(2, (21, 18), (33, 29)), (3, (10, 9, 12), (13, 14, 7))])
-def test_exported_equals_eager(dims: int, shape, other, nesting: str, form: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("nesting", "dims", "shape", "other"),
+    [*((nesting, 2, (21, 18), (33, 29)) for nesting in NESTINGS), ("deck", 3, (10, 9, 12), (13, 14, 7))],
+)
+def test_exported_equals_eager(nesting: str, dims: int, shape, other, form: str, tmp_path) -> None:
     """With content elsewhere, on another shape, with a batch of two, and after saving and loading."""
     network, example = pair_network(dims, nesting), stacked(shape)
     exported = compile_as(form, network, example)
@@ -91,7 +93,7 @@ def compile_as(form: str, network: nn.Module, example: torch.Tensor) -> torch.ji
         return torch.jit.script(network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of shapes, which hold for other shapes too
-        return torch.jit.trace(network, example)
+        return torch.jit.trace(network, example, check_trace=False)
 
 
 def test_scripted_refuses_as_eager_does() -> None:
@@ -102,9 +104,7 @@ def test_scripted_refuses_as_eager_does() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 1, 8, 8), (2, 8)])
 def test_odd_channels_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(
-        ValueError, match=r"expected a stacked pair \(B, 2C, \*spatial\) with moving and fixed channels"
-    ):
+    with pytest.raises(ValueError, match=r"expected a stacked pair \(B, 2C, \*spatial\) with moving and fixed ch"):
         pair_network(2)(torch.rand(shape))
 
 
