@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint format demo clean
+.PHONY: help venv test test-slow lint format demo train-hippocampus train-vessels clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,15 @@ format: $(STAMP) ## put the code into the house style
 	@$(BIN)/python -m ruff check --fix bundle tests
 	@$(BIN)/python -m ruff format bundle tests
 
-demo: $(STAMP) ## register example images and write pictures to demo_output
+demo: $(STAMP) ## train a short run, register a pair, and write pictures to demo_output
 	@$(BIN)/python bundle/docs/demo.py --output_dir demo_output
+
+# The recipes of the shipped weights. DATA is a folder that holds Task04_Hippocampus, or the retina masks.
+train-hippocampus: $(STAMP) ## train the weights `hippocampus`: make train-hippocampus DATA=...
+	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/hippocampus.json']" --dataset_dir $(DATA)/Task04_Hippocampus --output_dir output/hippocampus
+
+train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=...
+	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir $(DATA) --output_dir output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
 	@rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info

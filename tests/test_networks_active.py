@@ -67,7 +67,7 @@ def test_clamp_to_box_takes_the_nearest_value_inside(shape: tuple[int, ...]) -> 
     clamped = clamp_to_box(values, first, last)
     for b in range(4):
         for at in np.ndindex(*shape):
-            nearest = tuple(np.clip(at, first[b], last[b]))
+            nearest = np.clip(at, first[b].numpy(), last[b].numpy())
             assert torch.equal(clamped[(b, slice(None), *at)], values[(b, slice(None), *nearest)])
 
 

@@ -90,9 +90,9 @@ def test_normalize_takes_content_from_any_channel_and_scales_channels_apart() ->
 
 def test_normalize_of_masks_and_bad_input() -> None:
     mask = torch.tensor([[0, 1, 1, 0]], dtype=torch.uint8)
-    assert NormalizeContent(constant="one")(mask).tolist() == [[0.0, 1.0, 1.0, 0.0]]
-    with pytest.raises(ValueError, match="constant channel in an image of shape \\[1, 4\\]"):
-        NormalizeContent()(mask)
+    assert NormalizeContent()(mask).tolist() == [[0.0, 1.0, 1.0, 0.0]]
+    with pytest.raises(ValueError, match="that varies, got a constant one in an image of shape \\[1, 4\\]"):
+        NormalizeContent()(torch.full((1, 4), 7.0))
     # Coinciding percentiles of content that does vary are replaced by its range.
     mostly = torch.ones(1, 1000)
     mostly[0, 0] = 3
@@ -105,8 +105,6 @@ def test_normalize_of_masks_and_bad_input() -> None:
         NormalizeContent()(named)
     with pytest.raises(ValueError, match="0 <= lower < upper <= 100, got 50 and 10"):
         NormalizeContent(50, 10)
-    with pytest.raises(ValueError, match="'error' or 'one', got 'skip'"):
-        NormalizeContent(constant="skip")
 
 
 def test_normalize_keeps_metadata_and_its_input() -> None:

@@ -134,9 +134,7 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
     return pairs
 
 
-def listed_pairs(
-    pairs: str | Path | None, moving: str | None = None, fixed: str | None = None
-) -> list[dict[str, Any]]:
+def listed_pairs(pairs: str | Path | None, moving: str | None = None, fixed: str | None = None) -> list[dict[str, Any]]:
     """Return the pairs a config asks for: one named by its two files, or all of a list file.
 
     Args:
@@ -472,8 +470,9 @@ class WarpedPairDataset(_IndexedPairs):
         self.warp, self.seed = warp, seed
 
     def _pair(self, index: int) -> dict[str, Any]:
-        state = np.random.RandomState([self.seed, index])
-        return dict(self.warp.set_random_state(state=state)(deepcopy(self.subjects[index % len(self.data)])))
+        self.warp.set_random_state(state=np.random.RandomState([self.seed, index]))
+        item: dict[Any, Any] = self.warp(deepcopy(self.subjects[index % len(self.data)]))
+        return item
 
 
 def pair_dataset(

@@ -51,17 +51,17 @@ class NormalizeContent(Transform):
     mapped linearly from the two percentiles (linear between order statistics) and clipped to `[0.001, 1]`, so that the
     darkest content stays apart from background. The statistics see neither the canvas nor the order of voxels:
     padding, cropping background or shifting gives bit-identical values. Where almost all content has one value, so that
-    both percentiles coincide, its minimum and maximum take their place.
+    both percentiles coincide, its minimum and maximum take their place; content of a single value on a background (a
+    binary mask) becomes 1.
 
     Args:
         lower: percentile mapped to 0.
         upper: percentile mapped to 1.
         background: value of the background.
-        constant: what to do with content of a single value: "error", or "one", which maps it to 1 (binary masks).
 
     Raises:
-        ValueError: for percentiles not in order within 0 to 100, or another `constant`; when called, for an image
-            with NaN or infinite values, without content, or with constant content if `constant` is "error".
+        ValueError: for percentiles not in order within 0 to 100; when called, for an image with NaN or infinite values,
+            without content, or without anything but content of a single value.
 
     Example:
         >>> NormalizeContent(upper=100)(torch.tensor([[0.0, 2.0, 4.0, 6.0]])).tolist()
@@ -70,14 +70,10 @@ class NormalizeContent(Transform):
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(
-        self, lower: float = 0.0, upper: float = 99.5, background: float = 0.0, constant: str = "error"
-    ) -> None:
+    def __init__(self, lower: float = 0.0, upper: float = 99.5, background: float = 0.0) -> None:
         if not 0 <= lower < upper <= 100:
             raise ValueError(f"NormalizeContent expects 0 <= lower < upper <= 100, got {lower} and {upper}.")
-        if constant not in ("error", "one"):
-            raise ValueError(f"NormalizeContent expects constant 'error' or 'one', got '{constant}'.")
-        self.lower, self.upper, self.background, self.constant = lower, upper, background, constant
+        self.lower, self.upper, self.background = lower, upper, background
 
     def __call__(self, img: NdarrayOrTensor) -> torch.Tensor:
         """Return the normalized image, float32, of the same shape `(C, *shape)`."""
@@ -104,10 +100,9 @@ class NormalizeContent(Transform):
         if not high > low:
             low, high = ordered[0], ordered[-1]
         if not high > low:
-            if self.constant == "error":
+            if len(content) == img[0].numel():
                 raise ValueError(
-                    f"NormalizeContent expects content that varies, got a constant channel in {self._describe(img)}; "
-                    "constant='one' accepts binary masks."
+                    f"NormalizeContent expects an image that varies, got a constant one in {self._describe(img)}."
                 )
             return torch.ones_like(content)
         return ((content - low) / (high - low)).clamp(DARKEST, 1.0)
@@ -134,7 +129,6 @@ class NormalizeContentd(MapTransform):
         lower: percentile mapped to 0.
         upper: percentile mapped to 1.
         background: value of the background.
-        constant: "error" or "one", for content of a single value.
         allow_missing_keys: skip keys that are not there.
     """
 
@@ -146,11 +140,10 @@ class NormalizeContentd(MapTransform):
         lower: float = 0.0,
         upper: float = 99.5,
         background: float = 0.0,
-        constant: str = "error",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.normalize = NormalizeContent(lower, upper, background, constant)
+        self.normalize = NormalizeContent(lower, upper, background)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of the item with every key normalized."""

@@ -1,0 +1,184 @@
+"""The inferer: answers that follow every whole-voxel move of either image exactly, and clear refusals."""
+
+from __future__ import annotations
+
+from math import inf, nan
+
+import pytest
+import torch
+from helpers_networks import SMALL, content, moved_field, place, randomized, vector
+
+from equireg.fields import warp
+from equireg.inferer import RegistrationInferer
+from equireg.networks import CARL, PairNetwork
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # voxels
+SIZES = {2: ((9, 11), (10, 8)), 3: ((7, 9, 8), (8, 7, 7))}  # of moving and fixed content
+OLD = {2: (21, 23), 3: (16, 17, 15)}
+NEW = {2: (26, 22), 3: (17, 19, 16)}
+# Where the contents lie on the old and the new canvas: inside, touching the first and last voxels, odd and even moves.
+MOVES = {
+    2: [
+        (((6, 5), (4, 7)), ((9, 6), (11, 2))),
+        (((3, 2), (5, 5)), ((0, 0), (16, 14))),
+        (((12, 12), (0, 0)), ((17, 0), (3, 14))),
+        (((5, 5), (5, 5)), ((6, 5), (5, 5))),
+        (((5, 5), (5, 5)), ((5, 5), (5, 8))),
+    ],
+    3: [
+        (((4, 3, 2), (5, 6, 4)), ((7, 4, 5), (2, 7, 9))),
+        (((9, 8, 7), (1, 2, 3)), ((0, 10, 0), (9, 12, 9))),
+    ],
+}
+CASES = [(dims, *case) for dims, cases in MOVES.items() for case in cases]
+
+
+def network(dims: int, dtype: torch.dtype = torch.float32, nesting: str = "deck") -> PairNetwork:
+    return PairNetwork(randomized(CARL(dims, nesting=nesting, **SMALL), dtype)).eval()
+
+
+def images(dims: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    moving, fixed = (content(*size, seed=seed + k, dtype=dtype) for k, size in enumerate(SIZES[dims]))
+    return moving, fixed
+
+
+# ---- exactness
+
+
+@pytest.mark.parametrize("margin", [0, 4])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("dims", "before", "after"), CASES)
+def test_answer_follows_whole_voxel_moves_of_either_image(
+    dims: int, before: tuple, after: tuple, dtype: torch.dtype, margin: int
+) -> None:
+    net, infer = network(dims, dtype), RegistrationInferer(margin)
+    moving, fixed = images(dims, dtype)
+    by_moving, by_fixed = ([n - o for n, o in zip(after[k], before[k])] for k in (0, 1))
+    with torch.no_grad():
+        old = infer(torch.cat([place(moving, OLD[dims], before[0]), place(fixed, OLD[dims], before[1])], 1), net)
+        new = infer(torch.cat([place(moving, NEW[dims], after[0]), place(fixed, NEW[dims], after[1])], 1), net)
+    ddf = old[:, :dims]
+    expected = moved_field(ddf, NEW[dims], by_fixed) + vector(by_moving, ddf) - vector(by_fixed, ddf)
+    # Only voxels whose old position lies on the old canvas have an old answer.
+    known = torch.zeros(NEW[dims], dtype=torch.bool)
+    known[tuple(slice(max(s, 0), s + size) for s, size in zip(by_fixed, OLD[dims]))] = True
+    assert known.float().mean() > 0.3
+    assert (new[:, :dims] - expected).abs()[..., known].max() < TOLERANCE[dtype]
+    # The answer is far from one vector, so that the test can tell.
+    assert ddf.flatten(2).std(dim=2).min() > 0.05
+
+
+@pytest.mark.parametrize("nesting", ["right", "left"])
+def test_other_nestings_are_exact_too(nesting: str) -> None:
+    net, infer = network(2, torch.float64, nesting), RegistrationInferer()
+    moving, fixed = images(2, torch.float64)
+    with torch.no_grad():
+        old = infer(place(moving, (20, 20), (3, 4)), net, fixed=place(fixed, (18, 17), (2, 1)))
+        new = infer(place(moving, (25, 30), (8, 11)), net, fixed=place(fixed, (18, 17), (2, 1)))
+    assert (new[:, :2] - old[:, :2] - vector((5, 7), old)).abs().max() < 1e-8
+    assert (new[:, 2:] - old[:, 2:]).abs().max() < 1e-8  # the moved image stays
+
+
+def test_contents_alone_decide_and_no_canvas_is_needed() -> None:
+    net, infer = network(2, torch.float64), RegistrationInferer()
+    moving, fixed = images(2, torch.float64)
+    with torch.no_grad():
+        bare = infer(moving, net, fixed=fixed)
+        wide = infer(place(moving, (40, 37), (11, 20)), net, fixed=fixed)
+    assert (wide[:, :2] - bare[:, :2] - vector((11, 20), bare)).abs().max() < 1e-8
+
+
+# ---- how it is called
+
+
+def test_stacked_and_separate_images_give_the_same() -> None:
+    net, infer = network(2), RegistrationInferer()
+    moving, fixed = (place(image, (20, 22), (4, 5)) for image in images(2))
+    with torch.no_grad():
+        stacked = infer(torch.cat([moving, fixed], dim=1), net)
+        assert torch.equal(stacked, infer(moving, net, fixed=fixed))
+        assert torch.equal(stacked, infer(inputs=moving, network=net, fixed=fixed))
+    assert stacked.shape == (1, 3, 20, 22)
+    assert torch.equal(stacked[:, 2:], warp(moving, stacked[:, :2], padding="zeros"))
+
+
+def test_images_of_different_shapes() -> None:
+    net, infer = network(3), RegistrationInferer()
+    moving, fixed = images(3)
+    moving, fixed = place(moving, (20, 11, 13), (9, 1, 3)), place(fixed, (11, 13, 9), (2, 4, 1))
+    with torch.no_grad():
+        pred = infer(moving, net, fixed=fixed)
+        # Padding at the end keeps voxel indices: the stacked call says the same on the fixed image's voxels.
+        padded = infer(torch.cat([place(image, (20, 13, 13), (0, 0, 0)) for image in (moving, fixed)], dim=1), net)
+    assert pred.shape == (1, 4, 11, 13, 9)
+    assert (padded[:, :3, :11, :13, :9] - pred[:, :3]).abs().max() < 1e-4
+
+
+def test_a_batch_is_its_samples() -> None:
+    net, infer = network(2), RegistrationInferer()
+    pairs = [
+        torch.cat([place(image, (24, 22), at) for image, at in zip(images(2, seed=seed), places)], dim=1)
+        for seed, places in ((0, ((2, 3), (8, 9))), (5, ((10, 0), (4, 4))))
+    ]
+    with torch.no_grad():
+        together = infer(torch.cat(pairs), net)
+        assert torch.equal(together, torch.cat([infer(pair, net) for pair in pairs]))
+
+
+def test_further_arguments_reach_the_network() -> None:
+    def shifted(pair: torch.Tensor, by: float, scale: float) -> torch.Tensor:
+        return torch.full((1, 3, *pair.shape[2:]), by * scale)
+
+    pair = torch.cat([place(image, (20, 20), (5, 5)) for image in images(2)], dim=1)
+    assert RegistrationInferer()(pair, shifted, 2.0, scale=1.5)[:, :2].unique().tolist() == [3.0]
+
+
+def test_scripted_network_and_unchanged_arguments() -> None:
+    net, infer = network(2), RegistrationInferer()
+    pair = torch.cat([place(image, (20, 22), (3, 6)) for image in images(2)], dim=1)
+    before = pair.clone()
+    with torch.no_grad():
+        eager, scripted = infer(pair, net), infer(pair, torch.jit.script(net))
+    assert (eager - scripted).abs().max() < 1e-4
+    assert torch.equal(pair, before)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("name", ["moving", "fixed"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(0.0, "image is empty: every voxel of a sample"), (nan, "image .* not finite"), (-inf, "image .* not finite")],
+)
+def test_unusable_images_are_named(name: str, value: float, message: str) -> None:
+    pair = content(8, 8, channels=2, batch=2)
+    channel = 0 if name == "moving" else 1
+    if value == 0:
+        pair[1, channel] = 0
+    else:
+        pair[1, channel, 2, 3] = value
+    with pytest.raises(ValueError, match=f"the {name} {message}"):
+        RegistrationInferer()(pair, network(2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 3, 8, 8), (2, 8)])
+def test_what_is_no_stacked_pair_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected a stacked pair \(B, 2C, \*spatial\)"):
+        RegistrationInferer()(torch.ones(shape), network(2))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (1, 2, 8, 8), (1, 1, 8, 8, 8)])
+def test_images_that_make_no_pair_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="one batch size and one number of channels and axes"):
+        RegistrationInferer()(torch.ones(1, 1, 8, 8), network(2), fixed=torch.ones(shape))
+
+
+def test_a_network_of_other_channels_refuses_by_name() -> None:
+    with pytest.raises(ValueError, match=r"the moving image must have 1 channel\(s\), got 2"):
+        RegistrationInferer()(torch.ones(1, 4, 8, 8), network(2))
+
+
+def test_negative_margin_is_refused() -> None:
+    with pytest.raises(ValueError, match="margin must be at least 0, got -1"):
+        RegistrationInferer(-1)
