@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers_networks import content, count, moved_field, place, randomized, vector
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from equireg.networks import CoordinateAttention, Downsample
 from equireg.networks.attention import attend
@@ -265,3 +266,12 @@ def test_both_directions(training: bool) -> None:
 def test_attention_refuses(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CoordinateAttention(**arguments)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_attention_stays_on_the_kernel_with_linear_memory(spatial_dims: int) -> None:
+    net = CoordinateAttention(spatial_dims, 1, 16)
+    images = torch.rand(2, 2, 1, *[6] * spatial_dims)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where the fused kernel cannot serve
+        net(images[0], images[1]).sum().backward()
+        net.both(images[0], images[1])

@@ -77,8 +77,7 @@ class AttentionMonitor:
 
     def _measure(self, engine: Engine) -> None:
         outputs: Any = engine.state.output
-        net: Any = self.network.net
-        stage = net.attention_stage() if hasattr(net, "attention_stage") else first_step(net)
+        stage = first_step(self.network.net)
         for output in outputs:  # evaluators decollate their batches
             image = output["image"].unsqueeze(0)
             moving, fixed = image.chunk(2, dim=1)

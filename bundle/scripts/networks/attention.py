@@ -31,14 +31,14 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
         >>> attend(one_hot, one_hot, torch.arange(3.0).reshape(1, 3, 1) + 5.0, allowed).flatten().tolist()
         [5.0, 5.0, 5.0]
     """
-    # Values as wide as the keys and a mask of one row keep torch on its fused kernel, which never builds the Q x K
-    # matrix; narrower values or an expanded mask fall back to the quadratic one.
+    # Contiguous features, values as wide as the keys and a mask of one row keep torch on its fused kernel, which never
+    # builds the Q x K matrix; anything else falls back to the quadratic one.
     width = values.shape[2]
     values = F.pad(values, [0, keys.shape[2] - width])
     answer = F.scaled_dot_product_attention(
-        queries.unsqueeze(1),
-        keys.unsqueeze(1),
-        values.unsqueeze(1),
+        queries.unsqueeze(1).contiguous(),
+        keys.unsqueeze(1).contiguous(),
+        values.unsqueeze(1).contiguous(),
         attn_mask=allowed[:, None, None, :],
         scale=1.0,
     )

@@ -175,7 +175,7 @@ def first_step(net: nn.Module) -> nn.Module:
     The result shares its parameters with `net`.
 
     Args:
-        net: a network, possibly made of `TwoStep` and `Downsample`.
+        net: `CARL`, or a network that may be made of `TwoStep` and `Downsample`.
 
     Returns:
         The innermost first network, wrapped in the `Downsample`s it lies in.
@@ -187,6 +187,8 @@ def first_step(net: nn.Module) -> nn.Module:
           (net): Identity()
         )
     """
+    if hasattr(net, "attention_stage"):
+        return net.attention_stage()
     if isinstance(net, TwoStep):
         return first_step(net.first)
     if isinstance(net, Downsample):
