@@ -56,11 +56,11 @@ def workflow(kind: str, *names: str, **overrides: Any) -> Any:
     return made
 
 
-def root_cause(error: BaseException | None) -> BaseException | None:
-    """Follow the causes of an error, which MONAI wraps once per config item and transform, to the first one."""
-    while error is not None and error.__cause__ is not None:
+def told(error: BaseException | None) -> str:
+    """Return the message of the first `ValueError` below an error, which MONAI wraps per config item and transform."""
+    while error is not None and not isinstance(error, ValueError):
         error = error.__cause__
-    return error
+    return "" if error is None else str(error)
 
 
 def random_network(spatial_dims: int) -> PairNetwork:

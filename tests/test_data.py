@@ -15,16 +15,8 @@ from monai.transforms import Compose, Lambdad, RandLambdad
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from equireg.augmentation import RandShiftd
-from equireg.data import (
-    PairDataset,
-    SyntheticPairDataset,
-    decathlon_subjects,
-    load_pairs,
-    ordered_pair,
-    pair_dataset,
-    pair_sampler,
-    subjects,
-)
+from equireg.data import PairDataset, PairSampler, SyntheticPairDataset, ordered_pair, pair_dataset
+from equireg.lists import decathlon_subjects, load_pairs, require_pairs, subjects
 from equireg.transforms import StackPaird
 
 
@@ -288,15 +280,31 @@ def test_pair_dataset_function_chooses_by_the_data() -> None:
 
 def test_pair_sampler_is_seeded_and_goes_on() -> None:
     dataset = SyntheticPairDataset(2, 40)
-    one, same = (pair_sampler(dataset, 50, seed=s) for s in (0, 0))
+    one, same = (PairSampler(dataset, 50, seed=s) for s in (0, 0))
     first, second = list(one), list(one)
     assert len(first) == 50 and first != second
     assert [first, second] == [list(same), list(same)]
-    assert first != list(pair_sampler(dataset, 50, seed=1))
+    assert first != list(PairSampler(dataset, 50, seed=1))
     torch.rand(3)  # the sampler has its own generator
-    assert list(pair_sampler(range(5), 50, seed=0)) == list(pair_sampler(range(5), 50, seed=0))
+    assert list(PairSampler(range(5), 50, seed=0)) == list(PairSampler(range(5), 50, seed=0))
     with pytest.raises(ValueError):
-        pair_sampler(dataset, 0)
+        PairSampler(dataset, 0)
+
+
+def test_pair_sampler_goes_on_from_its_state() -> None:
+    sampler, other = PairSampler(range(1000), 40), PairSampler(range(1000), 40, seed=5)
+    list(sampler)
+    other.load_state_dict(sampler.state_dict())
+    assert list(other) == list(sampler)
+
+
+def test_pairs_that_would_overwrite_each_other_are_refused() -> None:
+    pairs = [{"moving": f"case{k}/t1.nii.gz", "fixed": "atlas.nii.gz"} for k in (1, 2)]
+    with pytest.raises(ValueError, match="both called t1.nii.gz and atlas.nii.gz.*case1.*case2"):
+        require_pairs(pairs)
+    require_pairs(pairs[:1])
+    with pytest.raises(ValueError, match="no pair to register"):
+        require_pairs([])
 
 
 def test_workers_give_the_items_of_the_main_process() -> None:
@@ -321,14 +329,14 @@ def test_datasets_and_samplers_are_built_by_configs(tmp_path: Path) -> None:
         "dataset_dir": "",
         "dataset": {
             "_target_": "equireg.data.pair_dataset",
-            "data": {"_target_": "equireg.data.subjects", "dataset_dir": "@dataset_dir", "split": "training"},
+            "data": {"_target_": "equireg.lists.subjects", "dataset_dir": "@dataset_dir", "split": "training"},
             "load": None,
             "transform": {"_target_": "Compose", "transforms": [{"_target_": "equireg.transforms.StackPaird"}]},
             "spatial_dims": 2,
             "shape": [40, 40],
             "num_pairs": 3,
         },
-        "sampler": {"_target_": "equireg.data.pair_sampler", "dataset": "@dataset", "num_samples": 5, "seed": 1},
+        "sampler": {"_target_": "equireg.data.PairSampler", "dataset": "@dataset", "num_samples": 5, "seed": 1},
     }
     dataset = ConfigParser(config).get_parsed_content("dataset")
     assert isinstance(dataset, SyntheticPairDataset) and dataset[0]["label"].shape == (2, 40, 40)

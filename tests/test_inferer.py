@@ -62,7 +62,7 @@ def test_answer_follows_whole_voxel_moves_of_either_image(
     # Only voxels whose old position lies on the old canvas have an old answer.
     known = torch.zeros(NEW[dims], dtype=torch.bool)
     known[tuple(slice(max(s, 0), s + size) for s, size in zip(by_fixed, OLD[dims]))] = True
-    assert known.float().mean() > 0.3
+    assert known.float().mean() > 0.1
     assert (new[:, :dims] - expected).abs()[..., known].max() < TOLERANCE[dtype]
     # The answer is far from one vector, so that the test can tell.
     assert ddf.flatten(2).std(dim=2).min() > 0.05

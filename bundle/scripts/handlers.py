@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -14,7 +15,27 @@ from .networks.combinators import first_step
 from .networks.pair import PairNetwork
 from .weights import save_atomically
 
-__all__ = ["AttentionMonitor", "EpochCheckpoint", "StopOnNonFiniteLoss"]
+__all__ = ["AttentionMonitor", "EpochCheckpoint", "StopOnNonFiniteLoss", "cosine_decay"]
+
+
+def cosine_decay(epoch: int, epochs: int) -> float:
+    """Return what the learning rate is multiplied by in an epoch, for `torch.optim.lr_scheduler.LambdaLR`.
+
+    Unlike with torch's `CosineAnnealingLR`, whose state holds the length of the run, a run that is resumed with more
+    epochs goes on along the longer curve.
+
+    Args:
+        epoch: epochs done.
+        epochs: epochs of the whole run.
+
+    Returns:
+        From 1 at the start along half a cosine to 0 at the end.
+
+    Example:
+        >>> [round(cosine_decay(epoch, 4), 3) for epoch in range(5)]
+        [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    return 0.5 * (1.0 + math.cos(math.pi * min(epoch, epochs) / epochs))
 
 
 class StopOnNonFiniteLoss:

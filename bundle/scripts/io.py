@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 __all__ = [
+    "NamePaird",
     "SaveTransformD",
     "SaveTransformDict",
     "SaveTransformd",
@@ -219,6 +220,49 @@ class SaveTransformd(MapTransform):
 
 
 SaveTransformD = SaveTransformDict = SaveTransformd
+
+
+class NamePaird(MapTransform):
+    """Name images after their pair, so that what is saved for several pairs of one fixed image does not collide.
+
+    Args:
+        keys: images, `MetaTensor`s that are to be saved; `moving.nii.gz` and `fixed.png` make the name
+            "moving_to_fixed", in the style of `SaveTransformd` with these `name_keys`.
+        name_keys: items whose file names form the name.
+        allow_missing_keys: skip images that are not there.
+
+    Example:
+        >>> item = {key: MetaTensor(torch.zeros(1, 2), meta={"filename_or_obj": f"{key}.nii.gz"}) for key in "abc"}
+        >>> NamePaird("c", name_keys=("a", "b"))(item)["c"].meta["filename_or_obj"]
+        'a_to_b.nii.gz'
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        name_keys: Sequence[str] = ("moving", "fixed"),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.name_keys = tuple(name_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with the images named; their values are shared.
+
+        Raises:
+            ValueError: if an image carries no file name.
+        """
+        item = dict(data)
+        files = [getattr(item[key], "meta", {}).get("filename_or_obj") for key in self.name_keys]
+        if not all(files):
+            raise ValueError(f"NamePaird expects {self.name_keys} to carry 'filename_or_obj', got {files}.")
+        # An image of several files, one per channel, goes by the first.
+        first = [str(file[0] if isinstance(file, (list, tuple)) else file) for file in files]
+        name = "_to_".join(Path(Path(file).name.removesuffix(".gz")).stem for file in first)
+        for key in self.key_iterator(item):
+            image = item[key]
+            item[key] = MetaTensor(image.as_tensor(), meta={**image.meta, "filename_or_obj": f"{name}.nii.gz"})
+        return item
 
 
 def _to_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -35,8 +35,9 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientati
 from torch.nn.functional import pad
 
 import equireg
-from equireg.data import PairDataset, decathlon_subjects
+from equireg.data import PairDataset
 from equireg.fields import warp
+from equireg.lists import decathlon_subjects
 from equireg.metrics import folding_fraction
 from equireg.transforms import NormalizeContentd
 

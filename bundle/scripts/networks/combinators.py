@@ -188,7 +188,8 @@ def first_step(net: nn.Module) -> nn.Module:
         )
     """
     if hasattr(net, "attention_stage"):
-        return net.attention_stage()
+        stage: nn.Module = net.attention_stage()  # type: ignore[operator]
+        return stage
     if isinstance(net, TwoStep):
         return first_step(net.first)
     if isinstance(net, Downsample):

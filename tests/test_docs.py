@@ -1,0 +1,159 @@
+"""The documents: commands that the bundle understands, links that lead somewhere, and no leftovers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from ast import literal_eval
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from monai.bundle import ConfigParser
+from monai.bundle import scripts as commands
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in (ROOT / "README.md", ROOT / "bundle" / "docs" / "README.md") if path.exists()]
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("bundle/docs/**/*.md")})
+PREFIX = "python -m monai.bundle"
+# Options of MONAI's commands themselves; everything else overrides the config.
+OWN_OPTIONS = {
+    *("config_file", "meta_file", "logging_file", "run_id", "init_id", "final_id", "args_file", "tracking"),
+    *("net_id", "filepath", "ckpt_file", "key_in_ckpt", "use_trace", "input_shape", "use_onnx", "converter_kwargs"),
+    *("p", "n", "any", "device", "create_dir", "hash_val", "hash_type"),
+}
+
+
+def lines(path: Path, *languages: str) -> list[str]:
+    """Return the commands of a page's fenced blocks, continued lines joined, without prompts and comments."""
+    fence = re.compile(rf"^[ \t]*```(?:{'|'.join(languages)})[ \t]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
+    text = "\n".join(fence.findall(path.read_text())).replace("\\\n", " ")
+    stripped = (line.strip().removeprefix("$ ").strip() for line in text.splitlines())
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def monai_commands() -> list[tuple[str, str]]:
+    """Return (page, command) for each MONAI command of the documents, also one behind `cd bundle &&`."""
+    found = []
+    for page in PAGES:
+        for line in lines(page, "bash", "sh", "shell", "console"):
+            for part in re.split(r"&&|;", line):
+                if PREFIX in part:
+                    found.append((page.relative_to(ROOT).as_posix(), part[part.index(PREFIX) :].strip()))
+    return found
+
+
+def parse(command: str) -> tuple[str, list[str], dict[str, str | None]]:
+    """Split a command into MONAI's subcommand, positional arguments and options."""
+    words = shlex.split(command.removeprefix(PREFIX), comments=True)
+    positional: list[str] = []
+    options: dict[str, str | None] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            positional.append(word)
+        elif "=" in word:
+            key, value = word[2:].split("=", 1)
+            options[key] = value
+        else:
+            options[word[2:]] = next(rest, None)
+    return positional[0], positional[1:], options
+
+
+def config_names(option: str) -> list[str]:
+    """Return the files of a `--config_file` option: one name, or a list in Python's notation."""
+    return list(literal_eval(option)) if option.startswith("[") else [option]
+
+
+def merged(names: Sequence[str]) -> ConfigParser:
+    """Return the merged configs; files are named from inside the bundle."""
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "bundle" / name) for name in names])
+    return parser
+
+
+def problems(command: str) -> list[str]:
+    """Say what is wrong with a MONAI command."""
+    name, positional, options = parse(command)
+    if not hasattr(commands, name):
+        return [f"MONAI has no command '{name}'"]
+    configs = config_names(options["config_file"] or "") if "config_file" in options else []
+    found = [f"{config} does not exist" for config in configs if not (ROOT / "bundle" / config).is_file()]
+    if found or not configs:
+        return found
+    parser = merged(configs)
+    if name == "run":
+        run_id = positional[0] if positional else "run"
+        found += [] if run_id in parser else [f"no run id '{run_id}' in {configs}"]
+    overrides = [key for key in options if key not in OWN_OPTIONS]
+    return found + [f"no key '{key}' in {configs}" for key in overrides if key.replace("::", "#") not in parser]
+
+
+MONAI_COMMANDS = monai_commands() or [pytest.param("", "", marks=pytest.mark.skip("no page shows a MONAI command yet"))]
+
+
+@pytest.mark.parametrize(("page", "command"), MONAI_COMMANDS)
+@pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
+def test_monai_commands_name_configs_and_keys_that_exist(page: str, command: str) -> None:
+    assert problems(command) == [], page
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("run training --config_file configs/train.json --epochs 3 --train#dataloader#num_workers=2", []),
+        ("run --config_file \"['configs/train.json', 'configs/evaluate.json']\" --split test", []),
+        ("run trainig --config_file configs/train.json", ["no run id 'trainig'"]),
+        ("run training --config_file configs/trian.json", ["configs/trian.json does not exist"]),
+        ("run training --config_file configs/train.json --epoch 3", ["no key 'epoch'"]),
+        ("run --config_file configs/train.json --split test", ["no key 'split'"]),
+        ("export --config_file configs/train.json", ["no command 'export'"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
+def test_the_check_itself_tells_right_from_wrong(command: str, expected: list[str]) -> None:
+    found = problems(f"{PREFIX} {command}")
+    assert len(found) == len(expected) and all(part in whole for part, whole in zip(expected, found))
+
+
+@pytest.mark.parametrize("page", PAGES or [None], ids=str)
+def test_make_targets_exist(page: Path | None) -> None:
+    if page is None:
+        pytest.skip("there are no pages yet")
+    known = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        match for line in lines(page, "bash", "sh", "shell", "console") for match in re.findall(r"^make (\S+)", line)
+    }
+    named |= set(re.findall(r"`make ([a-z][\w-]*)", page.read_text()))
+    assert named <= known
+
+
+@pytest.mark.parametrize("page", DOCUMENTS or [None], ids=str)
+def test_links_and_named_files_exist(page: Path | None) -> None:
+    if page is None:
+        pytest.skip("there are no pages yet")
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"(?:src|href)=\"([^\"#]+)\"", text)
+    missing = [link for link in links if not re.match(r"\w+:", link) and not (page.parent / link).exists()]
+    pages = set(re.findall(r"`([\w./-]+\.md)`", text))
+    missing += [
+        name for name in pages if not any((base / name).exists() for base in (page.parent, ROOT, ROOT / "bundle"))
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", DOCUMENTS or [None], ids=str)
+def test_no_leftovers(page: Path | None) -> None:
+    if page is None:
+        pytest.skip("there are no pages yet")
+    found = re.findall(r"\b(?:TODO|FIXME|TBD|XXX|[Ll]orem ipsum)\b|/tmp/\S+", page.read_text())
+    assert found == []
+
+
+def test_shipped_weights_are_documented() -> None:
+    page = ROOT / "README.md"
+    names = json.loads((ROOT / "bundle" / "configs" / "metadata.json").read_text())["weights"]
+    if not page.exists() or not names:
+        pytest.skip("there is no README, or there are no shipped weights, yet")
+    assert all(name in page.read_text() for name in names)
