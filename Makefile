@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 .PHONY: help venv test test-slow lint format demo train-hippocampus train-vessels clean
 
 help: ## list what make can do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## build .venv with the tested versions of everything (PYTHON=python3.12 picks another Python)
 
@@ -42,10 +42,10 @@ demo: $(STAMP) ## train a short run, register a pair, and write pictures to demo
 
 # The recipes of the shipped weights. DATA is a folder that holds Task04_Hippocampus, or the retina masks.
 train-hippocampus: $(STAMP) ## train the weights `hippocampus`: make train-hippocampus DATA=...
-	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/hippocampus.json']" --dataset_dir $(DATA)/Task04_Hippocampus --output_dir output/hippocampus
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_hippocampus.sh $(DATA)/Task04_Hippocampus output/hippocampus
 
 train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=...
-	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir $(DATA) --output_dir output/vessels
+	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir $(DATA) --output_dir ../output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
 	@rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
