@@ -40,12 +40,14 @@ format: $(STAMP) ## put the code into the house style
 demo: $(STAMP) ## train a short run, register a pair, and write pictures to demo_output
 	@$(BIN)/python bundle/docs/demo.py --output_dir demo_output
 
+data = $(if $(DATA),$(abspath $(DATA)),$(error say where the images are: make $@ DATA=folder))
+
 # The recipes of the shipped weights. DATA is a folder that holds Task04_Hippocampus, or the retina masks.
 train-hippocampus: $(STAMP) ## train the weights `hippocampus`: make train-hippocampus DATA=...
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_hippocampus.sh $(DATA)/Task04_Hippocampus output/hippocampus
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_hippocampus.sh "$(data)/Task04_Hippocampus" output/hippocampus
 
 train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=...
-	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir $(DATA) --output_dir ../output/vessels
+	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir "$(data)" --output_dir ../output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
 	@rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info

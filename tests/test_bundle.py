@@ -114,6 +114,31 @@ def test_run_trains_and_training_after_it_trains_again(tmp_path: Path) -> None:
     assert steps == ["run"] * 2 + ["training"] * 4
 
 
+def test_other_losses_take_their_places_and_regularity_warms_up(tmp_path: Path) -> None:
+    losses = {
+        "similarity": {"_target_": "LocalNormalizedCrossCorrelationLoss", "spatial_dims": 2},
+        "regularity": {"_target_": "BendingEnergyLoss"},
+    }
+    made = workflow("train", "train", **settings(tmp_path, epochs=2), warmup_epochs=1, **losses)
+    loss = made.parser.get_parsed_content("loss")
+    weights = []
+    made.trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: weights.append((loss.regularity_weight, loss.consistency_weight))
+    )
+    made.run()
+    assert weights == [(1.5, 0), (0, 1.0)]
+    assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path)["model"].values())
+
+
+def test_a_new_training_sets_an_earlier_one_aside(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run("training", "train", **settings(tmp_path, seed=seed))
+        if seed == 0:
+            first = (tmp_path / "checkpoint.pt").read_bytes()
+    assert (tmp_path / "checkpoint_previous.pt").read_bytes() == first != (tmp_path / "checkpoint.pt").read_bytes()
+    assert (tmp_path / "model_previous.pt").exists() and (tmp_path / "model.pt").exists()
+
+
 def test_training_is_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run("training", "train", **settings(tmp_path / name))
@@ -418,6 +443,59 @@ def test_inference_of_pictures(tmp_path: Path) -> None:
     options = infer_options(tmp_path, 2, moving=str(tmp_path / "a.png"), fixed=str(tmp_path / "b.png"))
     run("run", "inference", **options)
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def stored_as(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
+    """Return the same image of the world with its axes stored in another order and direction; 2D images stay 2D."""
+    values, dims = image.get_fdata(dtype=np.float32), len(image.shape)
+    start = nib.io_orientation(image.affine)
+    change = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes.ljust(3, "S")[:3]))
+    affine = image.affine @ nib.orientations.inv_ornt_aff(change, (*image.shape, *[1] * (3 - dims)))
+    return nib.Nifti1Image(nib.orientations.apply_orientation(values, change[:dims]), affine)
+
+
+def in_world(path: Path, vectors: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of an image or a field file stored as RAS, and the affine of that array."""
+    image = nib.load(path)
+    dims = image.shape[-1] if vectors else len(image.shape)
+    values = image.get_fdata().reshape(*image.shape[:dims], -1)
+    channels = [stored_as(nib.Nifti1Image(channel, image.affine), "RAS") for channel in np.moveaxis(values, -1, 0)]
+    return np.stack([channel.get_fdata() for channel in channels]), channels[0].affine
+
+
+ORDERS = {2: [("LA", "RA"), ("PR", "PR"), ("AL", "RP")], 3: [("LPS", "LPS"), ("SLA", "SLA"), ("IRP", "ALS")]}
+
+
+@pytest.mark.parametrize("pairs", [2, 3], indirect=True)
+def test_inference_does_not_depend_on_how_files_are_stored(pairs: tuple[Path, int]) -> None:
+    folder, dims = pairs
+    names = ("near", "far", "fixed")
+    images = {name: stored_as(nib.load(folder / f"{name}.nii.gz"), "RAS"[:dims]) for name in names}
+    results = []
+    for moving_codes, fixed_codes in [("RAS"[:dims],) * 2, *ORDERS[dims]]:
+        place = folder / f"{moving_codes}_{fixed_codes}"
+        place.mkdir()
+        for name, image in images.items():
+            nib.save(stored_as(image, fixed_codes if name == "fixed" else moving_codes), place / f"{name}.nii.gz")
+        assert nib.aff2axcodes(nib.load(place / "fixed.nii.gz").affine)[:dims] == tuple(fixed_codes)
+        listed = [{"moving": f"{name}.nii.gz", "fixed": "fixed.nii.gz"} for name in ("near", "far")]
+        (place / "pairs.json").write_text(json.dumps(listed))
+        torch.manual_seed(0)  # of the network's weights
+        run("run", "inference", **infer_options(place, dims, pairs=str(place / "pairs.json")))
+        for name in ("near", "far"):
+            moved, field = (place / "out" / f"{name}_to_fixed_{kind}.nii.gz" for kind in ("moved", "ddf"))
+            check_result(place, name, moved)
+            assert np.allclose(nib.load(field).affine, nib.load(place / "fixed.nii.gz").affine, atol=1e-5)
+            if name == "near":
+                check_field(place, name, moved, field, dims)
+            results.append((name, in_world(moved), in_world(field, vectors=True)))
+    for k, (name, moved, field) in enumerate(results):
+        assert name == results[k % 2][0]
+        for found, expected, atol in ((moved, results[k % 2][1], 1e-4), (field, results[k % 2][2], 1e-4)):
+            assert np.allclose(found[1], expected[1], atol=1e-4)
+            assert found[0].shape == expected[0].shape and np.abs(found[0] - expected[0]).max() < atol
+    # The answers are far from one vector, so that the test can tell.
+    assert min(field[0].reshape(dims, -1).std(axis=1).min() for _, _, field in results) > 0.05
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ CASES = {
         ((19, 17, 22), (9, 3, 11), (2, 8, 5)),
     ],
 }
+FLAT = [(1, 9, 8), (9, 8, 1)]
 SINGLES = [(dims, *case) for dims, cases in CASES.items() for case in cases]
 
 
@@ -102,6 +103,15 @@ def test_torchscript_answers_as_the_network(
     assert answer.shape == (1, dims + 1, *shape)
     assert (answer - expected).abs().max() < 1e-4
     assert expected[:, :dims].flatten(2).std(dim=2).min() > 0.05
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("shape", FLAT)
+def test_torchscript_takes_axes_of_one_voxel(shape: tuple[int, ...], how: str, exported: Any) -> None:
+    network, module = exported(3, how)
+    image = content(*shape, channels=2)
+    with torch.no_grad():
+        assert (module(image) - network(image)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])

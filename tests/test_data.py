@@ -300,9 +300,20 @@ def test_pair_sampler_goes_on_from_its_state() -> None:
 
 def test_pairs_that_would_overwrite_each_other_are_refused() -> None:
     pairs = [{"moving": f"case{k}/t1.nii.gz", "fixed": "atlas.nii.gz"} for k in (1, 2)]
-    with pytest.raises(ValueError, match="both called t1.nii.gz and atlas.nii.gz.*case1.*case2"):
+    with pytest.raises(ValueError, match="both be called t1_to_atlas: .*case1.*case2"):
         require_pairs(pairs)
     require_pairs(pairs[:1])
+    # Suffixes are not part of the names of results, and one pair can be called what another is.
+    for moving, fixed in [
+        ("x/t1.png", "atlas.nii.gz"),
+        ("t1.nii.gz", "y/atlas.mha"),
+        (["t1.nii", "t2.nii"], "atlas.nii"),
+    ]:
+        with pytest.raises(ValueError, match="both be called t1_to_atlas"):
+            require_pairs([pairs[0], {"moving": moving, "fixed": fixed}])
+    with pytest.raises(ValueError, match="both be called a_to_b_to_c"):
+        require_pairs([{"moving": "a_to_b.nii", "fixed": "c.nii"}, {"moving": "a.nii", "fixed": "b_to_c.nii"}])
+    require_pairs([*pairs[:1], {"moving": "t1.v2.nii.gz", "fixed": "atlas.nii.gz"}])
     with pytest.raises(ValueError, match="no pair to register"):
         require_pairs([])
 

@@ -127,6 +127,28 @@ def test_nearest_keeps_integer_labels(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(moved.numpy(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float64])
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+def test_nearest_keeps_large_labels(dtype: torch.dtype, padding: str) -> None:
+    """Single precision would round all of these."""
+    values = [2**24 + 1, 614454277, -(2**30) - 1, 2**31 - 1]
+    label = torch.tensor(values, dtype=dtype).reshape(1, 1, 2, 2)
+    moved = warp(label, torch.full((1, 2, 2, 2), 0.2), mode="nearest", padding=padding)
+    assert moved.dtype == dtype and moved.flatten().tolist() == values
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes, which hold for others too
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["border", "zeros"])
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+@pytest.mark.parametrize(("example", "others"), [((6, 5, 4), [(1, 5, 4), (6, 1, 3), (1, 1, 1)]), ((1, 4), [(6, 5)])])
+def test_traced_warp_takes_axes_of_one_voxel(example, others, mode: str, padding: str) -> None:
+    traced = torch.jit.trace(lambda i, d: warp(i, d, mode, padding), (random(2, 1, *example), random_ddf(example)))
+    for shape in others:
+        image, ddf = random(2, 1, *shape), random_ddf(shape, size=2.0)
+        torch.testing.assert_close(traced(image, ddf), warp(image, ddf, mode, padding), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("image", "ddf", "options", "message"),
     [

@@ -183,6 +183,32 @@ def test_evaluator_without_metric_is_refused(tmp_path: Path) -> None:
 # ---- attention monitor
 
 
+def test_a_network_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+    trainer = Engine(lambda engine, batch: None)
+    EpochCheckpoint(tmp_path, {"model": net}).attach(trainer)
+    trainer.run([0], max_epochs=1)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    nn.init.constant_(net.weight, float("inf"))
+    again = Engine(lambda engine, batch: None)
+    EpochCheckpoint(tmp_path, {"model": net}).attach(again)
+    with pytest.raises(ValueError, match="diverged in epoch 1: weight is not finite"):
+        again.run([0], max_epochs=1)
+    assert (tmp_path / "checkpoint_previous.pt").read_bytes() == good and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "foreign"])
+def test_resuming_from_a_file_that_is_no_checkpoint(content: bytes | str, tmp_path: Path) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    else:
+        torch.save({"model": nn.Linear(3, 3).state_dict(), "trainer": {"epoch": 0}}, tmp_path / "checkpoint.pt")
+    trainer = Engine(lambda engine, batch: None)
+    EpochCheckpoint(tmp_path, {"model": nn.Linear(2, 2)}, resume=True).attach(trainer)
+    with pytest.raises(ValueError, match="not a readable checkpoint|checkpoint of another training"):
+        trainer.run([0], max_epochs=2)
+
+
 @pytest.mark.parametrize("nesting", ["deck", "left"])
 @pytest.mark.parametrize("assembled", [True, False])
 def test_attention_monitor_measures_the_first_step_alone(nesting: str, assembled: bool) -> None:

@@ -162,6 +162,19 @@ def test_unusable_images_are_named(name: str, value: float, message: str) -> Non
         RegistrationInferer()(pair, network(2))
 
 
+@pytest.mark.parametrize("name", ["moving", "fixed"])
+def test_constant_images_are_named_and_masks_are_not(name: str) -> None:
+    pair = content(8, 8, channels=4, batch=2)
+    first = 0 if name == "moving" else 2
+    pair[1, first], pair[1, first + 1] = 0.5, 1.0
+    net = PairNetwork(randomized(CARL(2, in_channels=2, **SMALL))).eval()
+    with pytest.raises(ValueError, match=f"the {name} image is constant: every voxel of a sample has the same value"):
+        RegistrationInferer()(pair, net)
+    pair[1, first, 0, 0] = 0  # one voxel of one channel makes a mask of it
+    with torch.no_grad():
+        assert torch.isfinite(RegistrationInferer()(pair, net)).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 3, 8, 8), (2, 8)])
 def test_what_is_no_stacked_pair_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected a stacked pair \(B, 2C, \*spatial\)"):
@@ -176,7 +189,7 @@ def test_images_that_make_no_pair_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_a_network_of_other_channels_refuses_by_name() -> None:
     with pytest.raises(ValueError, match=r"the moving image must have 1 channel\(s\), got 2"):
-        RegistrationInferer()(torch.ones(1, 4, 8, 8), network(2))
+        RegistrationInferer()(torch.rand(1, 4, 8, 8), network(2))
 
 
 def test_negative_margin_is_refused() -> None:

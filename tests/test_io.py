@@ -13,7 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from equireg import fields
-from equireg.io import SaveTransformd, read_displacement_field, write_displacement_field
+from equireg.io import NamePaird, SaveTransformd, read_displacement_field, write_displacement_field
+from equireg.lists import result_name
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -257,3 +258,25 @@ def test_transform_refuses_what_it_cannot_place_or_name(data: dict, message: str
     with pytest.raises(ValueError if data else KeyError, match=message):
         SaveTransformd("ddf", tmp_path)(data)
     assert list(tmp_path.iterdir()) == []
+
+
+FILES = ["scan.nii.gz", "x/scan.v2.nii", "scan.gz", "a b/.hidden.png", "folder.d/noext", ["t1.nii.gz", "t2.nii"]]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_one_rule_names_images_fields_and_lists(file: str | list[str], tmp_path: Path) -> None:
+    data = {"moving": scan("m.mha", np.eye(4)), "fixed": scan("f.nii", np.eye(4), (4, 4, 4)), "ddf": GOOD}
+    data["moving"].meta["filename_or_obj"] = file
+    expected = result_name([file, "f.nii"])
+    named = NamePaird("fixed")(data)["fixed"].meta["filename_or_obj"]
+    field = Path(SaveTransformd("ddf", tmp_path, name_keys=["moving", "fixed"])(data)["ddf_path"]).name
+    assert (named, field) == (f"{expected}.nii.gz", f"{expected}_ddf.nii.gz")
+
+
+@pytest.mark.parametrize("file", [None, "", "folder/", []])
+def test_images_without_a_file_name_are_refused(file: object, tmp_path: Path) -> None:
+    data = {"moving": scan("m.mha", np.eye(4)), "fixed": scan("f.nii", np.eye(4), (4, 4, 4)), "ddf": GOOD}
+    data["moving"].meta["filename_or_obj"] = file
+    for user in (NamePaird("fixed"), SaveTransformd("ddf", tmp_path, name_keys=["moving", "fixed"])):
+        with pytest.raises(ValueError, match=f"{type(user).__name__} expects images that carry 'filename_or_obj'"):
+            user(data)

@@ -13,6 +13,7 @@ from equireg.networks.active import (
     clamp_to_box,
     content_box,
     has_content,
+    is_count,
     keep_if_content,
     pad_all,
     shift_grid,
@@ -127,3 +128,36 @@ def test_check_pair_refuses(moving: tuple[int, ...], fixed: tuple[int, ...], mes
     with pytest.raises(ValueError, match=message):
         check_pair(torch.zeros(moving), torch.zeros(fixed), spatial_dims=2, in_channels=1)
     check_pair(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 3, 9), spatial_dims=2, in_channels=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["moving", "fixed"])
+def test_check_pair_refuses_values_that_are_not_finite(name: str, value: float) -> None:
+    images = {"moving": content(4, 5, batch=2), "fixed": content(5, 4, batch=2)}
+    check_pair(**images, spatial_dims=2, in_channels=1)
+    images[name][1, 0, 2:4, 3] = value
+    with pytest.raises(ValueError, match=rf"the {name} image must be finite, got 2 voxel value\(s\)"):
+        check_pair(**images, spatial_dims=2, in_channels=1)
+
+
+@pytest.mark.parametrize(
+    ("moving", "fixed", "message"),
+    [
+        (torch.int16, torch.float32, "the moving image must be of a floating point type, got torch.int16"),
+        (torch.float32, torch.bool, "the fixed image must be of a floating point type, got torch.bool"),
+        (torch.float32, torch.float64, "of one type on one device, got torch.float32 on cpu and torch.float64 on cpu"),
+    ],
+)
+def test_check_pair_refuses_types(moving: torch.dtype, fixed: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pair(torch.ones(1, 1, 4, 4, dtype=moving), torch.ones(1, 1, 4, 4, dtype=fixed), 2, 1)
+
+
+def test_check_pair_refuses_two_devices() -> None:
+    with pytest.raises(ValueError, match="one device, got torch.float32 on cpu and torch.float32 on meta"):
+        check_pair(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4, device="meta"), 2, 1)
+
+
+def test_is_count() -> None:
+    assert is_count(2, 2) and not is_count(1, 2)
+    assert not any(is_count(value, 1) for value in (2.0, 2.5, None, "2", True, [2]))

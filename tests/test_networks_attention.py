@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -138,7 +139,77 @@ def test_training_statistics_do_not_depend_on_the_canvas() -> None:
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
 
 
+def running(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+@pytest.mark.parametrize("factor", [1, 3])
+def test_an_empty_pair_leaves_its_batch_in_training_alone(factor: int, two_way: bool) -> None:
+    net = Downsample(attention(2), factor, content_phase=True).train()
+    twin = copy.deepcopy(net)
+    moving, fixed = place(content(9, 8), (21, 18), (3, 8)), place(content(8, 9, seed=1), (21, 18), (10, 2))
+
+    def answer(net: nn.Module, *pair: torch.Tensor) -> torch.Tensor:
+        return torch.cat(net.both(*pair) if two_way else [net(*pair)], dim=1)
+
+    alone = answer(net, moving, fixed)
+    together = answer(twin, *(torch.cat([torch.zeros_like(image), image]) for image in (moving, fixed)))
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-5)
+    assert (together[0] == 0).all() and alone.std() > 0.1
+    for name, value in running(net).items():
+        torch.testing.assert_close(running(twin)[name], value, rtol=0, atol=1e-6)
+    together.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in twin.parameters())
+
+
+def test_a_batch_of_nothing_leaves_running_statistics_alone() -> None:
+    net = attention(2).train()
+    before, nothing = running(net), torch.zeros(2, 1, 6, 7, requires_grad=True)
+    ddf = net(nothing, nothing)
+    assert len(before) == 6 and all(torch.equal(value, before[name]) for name, value in running(net).items())
+    assert (ddf == 0).all()
+    ddf.sum().backward()
+    assert all(torch.isfinite(g).all() for g in [nothing.grad, *(p.grad for p in net.parameters())])
+
+
 # ---- attend
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attend_leaves_automatic_mixed_precision(dtype: torch.dtype) -> None:
+    """Coordinates of hundreds of voxels come out as they went in."""
+    queries, keys = (4 * F.normalize(torch.randn(2, n, 8), dim=2) for n in (50, 70))
+    values, allowed = 300 * torch.randn(2, 70, 3), torch.ones(2, 70, dtype=torch.bool)
+    expected = attend(queries, keys, values, allowed)
+    with torch.autocast("cpu", dtype=dtype):
+        assert (attend(queries, keys, values, allowed) - expected).abs().max() < 1e-6 * expected.abs().max()
+        # Features that come rounded are compared as they are, by coordinates that are not.
+        rounded = attend(queries.to(dtype), keys.to(dtype), values, allowed)
+    assert rounded.dtype == torch.float32
+    exact = attend(queries.to(dtype).float(), keys.to(dtype).float(), values, allowed)
+    assert (rounded - exact).abs().max() < 1e-6 * expected.abs().max()
+
+
+class Given(nn.Module):
+    """Looks like an encoder and answers distinct features of half precision, whatever precision it is called in."""
+
+    def forward(self, image: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        index = torch.arange(image[:, :1].numel(), dtype=torch.float32).reshape(image[:, :1].shape)
+        features = torch.cat([torch.sin(index * k) for k in (0.3, 0.7, 1.1, 1.9)], dim=1)
+        return (4 * F.normalize(features, dim=1)).to(torch.bfloat16).to(image.dtype)
+
+
+def test_coordinates_do_not_depend_on_the_precision() -> None:
+    """Features being equal, displacements of hundreds of voxels are: under autocast and for half precision images."""
+    net = attention(2)
+    net.encoder = Given()
+    moving, fixed = place(content(5, 300), (7, 700), (1, 390)), place(content(6, 40, seed=1), (9, 60), (2, 20))
+    expected = net(moving, fixed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (net(moving, fixed) - expected).abs().max() < 1e-3
+    half = net(moving.bfloat16(), fixed.bfloat16())
+    assert half.dtype == torch.float32 and (half - expected).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -245,11 +316,13 @@ def test_outside_the_fixed_content_the_nearest_displacement_continues() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_both_directions(training: bool) -> None:
     net = attention(2).train(training)
+    fresh = copy.deepcopy(net)
     one, two = place(content(6, 7), (14, 15), (2, 5)), place(content(8, 6, seed=1), (14, 15), (4, 0))
     there, back = net.both(one, two)
     if training:  # batch statistics of both images: as encoding the two as one batch
-        batch = attention(2).train()(torch.cat([one, two]), torch.cat([two, one]))
-        assert there.shape == batch[:1].shape and torch.isfinite(there).all() and torch.isfinite(back).all()
+        batch = fresh(torch.cat([one, two]), torch.cat([two, one]))
+        torch.testing.assert_close(torch.cat([there, back]), batch, rtol=0, atol=1e-5)
+        assert (there - fresh(one, two)).abs().max() > 1e-3  # statistics of one image at a time are others
     else:
         assert torch.equal(there, net(one, two)) and torch.equal(back, net(two, one))
 
@@ -258,7 +331,11 @@ def test_both_directions(training: bool) -> None:
     ("arguments", "message"),
     [
         ({"spatial_dims": 4}, "spatial_dims must be 2 or 3, got 4"),
+        ({"spatial_dims": 2.0}, "spatial_dims must be 2 or 3, got 2.0"),
+        ({"spatial_dims": "2"}, "spatial_dims must be 2 or 3, got '2'"),
         ({"spatial_dims": 2, "in_channels": 0}, "got 0, 128 and 2"),
+        ({"spatial_dims": 2, "feature_channels": 8.0}, "got 1, 8.0 and 2"),
+        ({"spatial_dims": 2, "padding": None}, "got 1, 128 and None"),
         ({"spatial_dims": 3, "feature_channels": 2}, "got 1, 2 and 2"),
         ({"spatial_dims": 3, "padding": -1}, "got 1, 128 and -1"),
     ],

@@ -196,7 +196,7 @@ def test_state_dict_describes_the_network(nesting: str, tmp_path) -> None:
         "extra_refinements": 1,
         "padding": 1,
     }
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="another network: feature_channels 8 instead of 12"):
         CARL(**{**arguments, "feature_channels": 12}).load_state_dict(state)
 
 
@@ -209,6 +209,10 @@ def test_arguments_are_a_copy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"factor": "4"}, "factor"),
+        ({"factor": 2.5}, "factor"),
+        ({"refinement_channels": 16}, "channels"),
+        ({"padding": None}, "padding"),
         ({"nesting": "middle"}, "one of deck, right, left, got 'middle'"),
         ({"factor": 0}, "factor must be at least 1, .*got 0"),
         ({"factor": 3, "nesting": "left"}, "even for nesting 'left', got 3"),

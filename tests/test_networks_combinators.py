@@ -133,9 +133,10 @@ def test_phases_are_per_sample() -> None:
     assert (together[3] == 0).all()
 
 
-def test_downsample_refuses_factor_zero() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        Downsample(nn.Identity(), 0)
+@pytest.mark.parametrize("factor", [0, 2.5, 2.0, None, "2"])
+def test_downsample_refuses_factors(factor) -> None:
+    with pytest.raises(ValueError, match=f"factor must be an integer of at least 1, got {factor!r}"):
+        Downsample(nn.Identity(), factor)
 
 
 # ---- all of them

@@ -88,6 +88,29 @@ def test_exported_equals_eager(nesting: str, dims: int, shape, other, form: str,
         torch.testing.assert_close(exported(image), network(image), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("nesting", ["deck", "left"])
+def test_traced_takes_axes_of_one_voxel(nesting: str) -> None:
+    network = pair_network(3, nesting)
+    exported = compile_as("traced", network, stacked((10, 9, 12)))
+    for seed, shape in enumerate([(1, 9, 8), (9, 8, 1)]):
+        image = content(*shape, seed=seed, channels=2)
+        expected = network(image)
+        torch.testing.assert_close(exported(image), expected, rtol=0, atol=1e-5)
+        assert expected[:, :3].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("channel", "name"), [(0, "moving"), (1, "fixed")])
+def test_values_that_are_not_finite_are_refused(channel: int, name: str, training: bool) -> None:
+    network, image = pair_network(2).train(training), stacked((16, 17), batch=2)
+    image[1, channel, 3, 4] = float("nan")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=f"the {name} image must be finite"):
+        network(image)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
 def compile_as(form: str, network: nn.Module, example: torch.Tensor) -> torch.jit.ScriptModule:
     if form == "scripted":
         return torch.jit.script(network)

@@ -88,7 +88,11 @@ def test_an_empty_sample_is_left_alone() -> None:
     ("arguments", "message"),
     [
         ({"spatial_dims": 1}, "spatial_dims must be 2 or 3 .*got 1 and 1"),
+        ({"spatial_dims": 3.0}, "got 3.0 and 1"),
         ({"spatial_dims": 2, "in_channels": 0}, "got 2 and 0"),
+        ({"spatial_dims": 2, "in_channels": None}, "got 2 and None"),
+        ({"spatial_dims": 2, "channels": 16}, "at least one positive width, got 16"),
+        ({"spatial_dims": 2, "channels": (4, 8.0)}, r"got \(4, 8.0\)"),
         ({"spatial_dims": 2, "channels": ()}, r"at least one positive width, got \(\)"),
         ({"spatial_dims": 2, "channels": (4, 0)}, r"got \(4, 0\)"),
     ],

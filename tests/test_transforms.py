@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, decollate_batch, list_data_collate
-from monai.transforms import Compose
+from monai.transforms import Compose, Orientationd
 
 from equireg.fields import identity_grid
 from equireg.io import write_displacement_field
@@ -20,6 +20,7 @@ from equireg.transforms import (
     MatchAxesd,
     NormalizeContent,
     NormalizeContentd,
+    RestoreOrientationd,
     RestorePredd,
     SplitPred,
     SplitPredd,
@@ -444,6 +445,51 @@ def test_restore_pred_says_what_it_expects() -> None:
         RestorePredd()({"pred": pred, "moving_raw": other, "fixed": image})
     with pytest.raises(ValueError, match="RestorePredd expects data\\['moving_raw'\\] to be a MetaTensor"):
         RestorePredd()({"pred": pred, "moving_raw": image.as_tensor(), "fixed": image})
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_restore_orientation_undoes_orientation(dims: int) -> None:
+    shape = (4, 5, 6)[:dims]
+    stored = np.eye(4)
+    stored[:3, :3] = np.array([[0, 0, -2.0], [0.7, 0, 0], [0, -1.5, 0]]) if dims == 3 else np.eye(3)
+    stored[:dims, 3] = (5, -6, 7)[:dims]
+    if dims == 2:
+        stored[:2, :2] = [[0, -2.0], [0.7, 0]]
+    image = on_grid(stored, shape)
+    image.meta["original_affine"] = stored.copy()
+    oriented = Orientationd("fixed", as_closest_canonical=True, labels=None)({"fixed": image})["fixed"]
+    assert not np.allclose(oriented.affine, stored) and (np.diag(oriented.affine) > 0).all()
+    # A field that points one millimeter along each axis of the world, in voxels of the oriented grid.
+    voxels = 1 / torch.diag(oriented.affine)[:dims].float()
+    ddf = MetaTensor(voxels.reshape([-1] + [1] * dims).expand(dims, *oriented.shape[1:])).copy_meta_from(oriented)
+    item = {"moved": oriented, "ddf": ddf, "other": 1}
+    out = RestoreOrientationd()(item)
+    assert torch.equal(out["moved"].as_tensor(), image.as_tensor()) and out["other"] == 1
+    for result in (out["moved"], out["ddf"]):
+        np.testing.assert_allclose(result.affine, stored, atol=1e-12)
+        assert result.shape[1:] == shape and result.meta["filename_or_obj"] == "fixed.nii.gz"
+    step = stored[:dims, :dims] @ out["ddf"].flatten(1).double().numpy()
+    np.testing.assert_allclose(step, np.ones_like(step), atol=1e-6)
+    assert item["moved"] is oriented and not np.allclose(oriented.affine, stored)
+
+
+def test_restore_orientation_without_a_note_and_what_it_refuses() -> None:
+    plain = on_grid(np.eye(4), (3, 4))
+    assert "original_affine" not in plain.meta
+    assert torch.equal(RestoreOrientationd("moved", ())({"moved": plain})["moved"], plain)
+    assert RestoreOrientationd(allow_missing_keys=True)({}) == {}
+    with pytest.raises(ValueError, match="data\\['moved'\\] to be a MetaTensor"):
+        RestoreOrientationd()({"moved": torch.zeros(1, 3, 4)})
+    plain.meta["original_affine"] = np.diag([2.0, 1, 1, 1])
+    with pytest.raises(ValueError, match="differ by order and sign alone"):
+        RestoreOrientationd()({"moved": plain})
+    with pytest.raises(ValueError, match="ddf_keys among the keys .*'moved'.*, got .*'ddf'"):
+        RestoreOrientationd("moved")
+    # A vector image that is no ddf keeps its channels.
+    plain.meta["original_affine"] = np.diag([-1.0, 1, 1, 1])
+    assert torch.equal(
+        RestoreOrientationd("moved", ())({"moved": plain})["moved"].as_tensor(), plain.flip(1).as_tensor()
+    )
 
 
 def test_transforms_are_built_by_configs() -> None:

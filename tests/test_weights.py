@@ -86,14 +86,14 @@ def test_missing_weights(net: CARL, tmp_path: Path) -> None:
     state = net.state_dict()
     name = next(name for name in state if name.endswith("weight"))
     del state[name]
-    with pytest.raises(ValueError, match=rf"(?s)part\.pt do not fit their network.*{name}"):
+    with pytest.raises(ValueError, match=rf"(?s)part\.pt do not fit the network.*{name}"):
         load_network(written(state, tmp_path / "part.pt"))
 
 
 def test_weights_of_other_shapes(net: CARL, tmp_path: Path) -> None:
     other = CARL(**{**net.arguments, "feature_channels": 16})
     state = {**net.state_dict(), "_extra_state": other.get_extra_state()}
-    with pytest.raises(ValueError, match="(?s)do not fit their network.*size mismatch"):
+    with pytest.raises(ValueError, match="(?s)do not fit the network.*size mismatch"):
         load_network(written(state, tmp_path / "other.pt"))
 
 
@@ -214,3 +214,19 @@ def test_model_fits_the_configs(config: str) -> None:
     network = PairNetwork(CARL(**arguments))
     network.load_state_dict(state)
     assert json.loads(bytes(state["net._extra_state"].tolist())) == network.net.arguments
+
+
+@pytest.mark.parametrize("other", [{"factor": 2}, {"padding": 0}, {"nesting": "right"}])
+def test_weights_of_another_network_are_refused_though_shapes_agree(other: dict[str, Any]) -> None:
+    small: dict[str, Any] = {"feature_channels": 8, "refinement_channels": (4, 8)}
+    state = CARL(2, **small, **other).state_dict()
+    with pytest.raises(ValueError, match="belong to another network: " + next(iter(other))):
+        CARL(2, **small).load_state_dict(state)
+
+
+@pytest.mark.parametrize("entry", [torch.zeros(3), torch.tensor([1, 2, 250], dtype=torch.uint8)])
+def test_a_garbled_description_is_told(entry: torch.Tensor, tmp_path: Path) -> None:
+    state = {**CARL(2, feature_channels=8, refinement_channels=(4, 8)).state_dict(), "_extra_state": entry}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt does not describe a network"):
+        load_network(tmp_path / "model.pt")

@@ -228,6 +228,7 @@ def pair_dataset(
     kind: str = "labels",
     cache_rate: float = 1.0,
     runtime_cache: bool | str = True,
+    require_labels: bool = False,
 ) -> PairDataset | SyntheticPairDataset:
     """Make the dataset of a config: pairs of the given subjects, or of synthetic anatomy if there are none.
 
@@ -243,15 +244,19 @@ def pair_dataset(
         kind: "labels", "vessels" or "mixed" synthetic data.
         cache_rate: fraction of the subjects to keep in memory.
         runtime_cache: as in `PairDataset`.
+        require_labels: refuse subjects without a label, because the pairs are to be scored by overlap.
 
     Raises:
-        ValueError: as the two dataset classes.
+        ValueError: as the two dataset classes; and for a subject without the label that is required.
 
     Example:
         >>> len(pair_dataset([], None, None, spatial_dims=2, shape=40, num_pairs=8))
         8
     """
     if data:
+        unlabeled = [subject for subject in data if require_labels and subject.get("label") is None]
+        if unlabeled:
+            raise ValueError(f"validation scores the overlap of labels, and {unlabeled[0].get('image')} has none.")
         return PairDataset(data, load, transform, num_pairs, seed, cache_rate, runtime_cache)
     length = 1_000_000 if num_pairs is None else num_pairs
     return SyntheticPairDataset(spatial_dims, shape, length, seed, transform, max_shift, kind)

@@ -41,7 +41,8 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
     Equal to `monai.networks.blocks.Warp` where the two grids have one shape.
 
     Args:
-        image: `(B, C, *moving shape)`; integer images need `mode="nearest"` and keep their type.
+        image: `(B, C, *moving shape)`; integer images need `mode="nearest"` and keep their type and, up to 2^53,
+            their values.
         ddf: `(B, D, *fixed shape)`, voxels, floating point; the two shapes may differ.
         mode: "linear" or "nearest" interpolation.
         padding: what lies outside the image, "border" (its nearest voxel) or "zeros" (the infinite background).
@@ -71,20 +72,23 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
         raise ValueError(f"warp expects a floating point image for mode 'linear', got {image.dtype}.")
     if ddf.dtype == torch.float16 or ddf.dtype == torch.bfloat16:
         ddf = ddf.float()  # half precision cannot count voxels: bfloat16 has no number between 256 and 258
+    if mode == "nearest" and image.element_size() >= 4 and image.dtype != torch.float32:
+        ddf = ddf.double()  # labels are not rounded: single precision has no number between 2^24 and 2^24 + 2
     if padding == "zeros":
         # Normalized coordinates have no scale along an axis of one voxel: a second one, of background, gives them one.
+        # `1 // size` is 1 for one voxel and 0 for more; a condition would be frozen by tracing, as would `max` below.
         thickness: List[int] = []
         for k in range(dims - 1, -1, -1):
-            thickness.extend([0, 1 if image.shape[2 + k] == 1 else 0])
-        if sum(thickness) > 0:
-            image = F.pad(image, thickness)
+            thickness.extend([0, 1 // image.shape[2 + k]])
+        image = F.pad(image, thickness)
     # torch calls linear interpolation "bilinear" in any dimension and wants the last array axis first, in [-1, 1].
     axes: List[torch.Tensor] = []
     for k in range(dims - 1, -1, -1):
         shape = [1] * (dims + 1)
         shape[1 + k] = ddf.shape[2 + k]
         index = torch.arange(ddf.shape[2 + k], dtype=ddf.dtype, device=ddf.device).reshape(shape)
-        axes.append((index + ddf[:, k]) * (2.0 / max(image.shape[2 + k] - 1, 1)) - 1.0)
+        size = image.shape[2 + k]
+        axes.append((index + ddf[:, k]) * (2.0 / (size - 1 + 1 // size)) - 1.0)
     grid = torch.stack(axes, dim=-1)
     moved = F.grid_sample(
         image.to(ddf.dtype),

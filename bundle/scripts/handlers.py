@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.networks.utils import eval_mode
 
 from .fields import warp
 from .networks.combinators import first_step
@@ -102,8 +104,8 @@ class AttentionMonitor:
         for output in outputs:  # evaluators decollate their batches
             image = output["image"].unsqueeze(0)
             moving, fixed = image.chunk(2, dim=1)
-            with torch.no_grad():
-                moved = warp(moving, stage.eval()(moving, fixed), padding="zeros")
+            with eval_mode(self.network):  # whose modules are the stage's
+                moved = warp(moving, stage(moving, fixed), padding="zeros")
             self._values.append(float(self.similarity(moved, fixed)))
 
     def _report(self, engine: Engine) -> None:
@@ -115,7 +117,8 @@ class EpochCheckpoint:
 
     `checkpoint.pt` holds everything needed to go on; `model.pt` the flat state dict of the best validation so far.
     MONAI's `CheckpointSaver` writes in place, so that a kill in that moment loses the old file and the new one; this
-    handler writes beside and renames.
+    handler writes beside and renames. A new training sets the files of an earlier one aside: `checkpoint_previous.pt`,
+    `model_previous.pt`.
 
     Args:
         output_dir: folder of the two files.
@@ -128,7 +131,7 @@ class EpochCheckpoint:
 
     Raises:
         ValueError: if there is an evaluator without a metric; when training starts, if there is nothing to resume from
-            or no epoch left to train.
+            or no epoch left to train; when an epoch ends, if the network is not finite.
     """
 
     def __init__(
@@ -153,29 +156,56 @@ class EpochCheckpoint:
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer, after the handler that validates and others whose effect the checkpoint should hold."""
-        if self.resume:
-            engine.add_event_handler(Events.STARTED, self._load)
+        engine.add_event_handler(Events.STARTED, self._load if self.resume else self._set_aside)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
     def _load(self, engine: Engine) -> None:
-        if not self.path.is_file():
-            raise ValueError(f"nothing to resume from: {self.path} does not exist.")
-        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        content = self._read()
         done = content["trainer"]
         if done["epoch"] >= (engine.state.max_epochs or 0):
             raise ValueError(
                 f"{self.path} has {done['epoch']} epochs done of the {engine.state.max_epochs} asked for: ask for more."
             )
-        for name, target in self.save_dict.items():
-            target.load_state_dict(content[name])
+        try:
+            for name, target in self.save_dict.items():
+                target.load_state_dict(content[name])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is the checkpoint of another training: {error}") from error
         engine.state.epoch, engine.state.iteration, self.best = done["epoch"], done["iteration"], done["best"]
 
+    def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            raise ValueError(f"nothing to resume from: {self.path} does not exist.")
+        try:
+            content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            missing = {"trainer", *self.save_dict} - set(content)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path} is not a readable checkpoint: {error}") from error
+        if missing:
+            raise ValueError(
+                f"{self.path} is not a checkpoint of this training: it lacks {', '.join(sorted(missing))}."
+            )
+        return content
+
+    def _set_aside(self, engine: Engine) -> None:
+        """Rename what an earlier training left in the folder, so that a forgotten `resume` costs nothing."""
+        for path in (self.path, self.best_path):
+            if path.exists():
+                path.replace(path.with_stem(f"{path.stem}_previous"))
+
     def _save(self, engine: Engine) -> None:
+        state = self.save_dict["model"].state_dict()
+        broken = [name for name, value in state.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise ValueError(
+                f"training diverged in epoch {engine.state.epoch}: {broken[0]} is not finite (with {len(broken) - 1} "
+                "more); the checkpoint stays the one before."
+            )
         # Before the first validation the evaluator has no metrics, and between two of them those of the last one.
         score = None if self.evaluator is None else self.evaluator.state.metrics.get(self.metric)
         if score is not None and self.sign * float(score) > self.best:
             self.best = self.sign * float(score)
-            save_atomically(self.save_dict["model"].state_dict(), self.best_path)
+            save_atomically(state, self.best_path)
         content: dict[str, Any] = {name: source.state_dict() for name, source in self.save_dict.items()}
         content["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "best": self.best}
         save_atomically(content, self.path)

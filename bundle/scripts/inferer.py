@@ -58,7 +58,8 @@ class RegistrationInferer(Inferer):
             `(B, D + C, *fixed shape)`: the ddf in voxels, then the moved image.
 
         Raises:
-            ValueError: if the images do not make a pair, are empty, or hold values that are not finite.
+            ValueError: if the images do not make a pair, or if one is empty, has a single value everywhere, or holds
+                values that are not finite.
         """
         if fixed is None:
             if inputs.dim() < 3 or inputs.shape[1] % 2:
@@ -78,6 +79,9 @@ class RegistrationInferer(Inferer):
                 raise ValueError(f"the {name} image holds values that are not finite (NaN or infinite).")
             if not (image != 0).flatten(1).any(dim=1).all():
                 raise ValueError(f"the {name} image is empty: every voxel of a sample is background (0).")
+            values = image.flatten(2)
+            if (values.amin(dim=2) == values.amax(dim=2)).all(dim=1).any():
+                raise ValueError(f"the {name} image is constant: every voxel of a sample has the same value.")
         pairs = zip(moving.split(1), fixed.split(1))
         ddf = torch.cat([self._register(m, f, network, *args, **kwargs) for m, f in pairs])
         return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros")], dim=1)

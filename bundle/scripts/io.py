@@ -20,6 +20,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from .lists import result_name
+
 __all__ = [
     "NamePaird",
     "SaveTransformD",
@@ -211,7 +213,7 @@ class SaveTransformd(MapTransform):
                     f"got {tuple(result[key].shape)}."
                 )
             sources = [grid] if self.name_keys is None else [result.get(name) for name in self.name_keys]
-            name = "_to_".join(map(_file_stem, sources))
+            name = _result_name("SaveTransformd", sources)
             stem = "_".join([name, self.output_postfix, *([str(key)] if len(self.keys) > 1 else [])])
             self.output_dir.mkdir(parents=True, exist_ok=True)
             path = write_displacement_field(result[key], grid.affine, self.output_dir / f"{stem}{self.output_ext}")
@@ -253,12 +255,7 @@ class NamePaird(MapTransform):
             ValueError: if an image carries no file name.
         """
         item = dict(data)
-        files = [getattr(item[key], "meta", {}).get("filename_or_obj") for key in self.name_keys]
-        if not all(files):
-            raise ValueError(f"NamePaird expects {self.name_keys} to carry 'filename_or_obj', got {files}.")
-        # An image of several files, one per channel, goes by the first.
-        first = [str(file[0] if isinstance(file, (list, tuple)) else file) for file in files]
-        name = "_to_".join(Path(Path(file).name.removesuffix(".gz")).stem for file in first)
+        name = _result_name("NamePaird", [item[key] for key in self.name_keys])
         for key in self.key_iterator(item):
             image = item[key]
             item[key] = MetaTensor(image.as_tensor(), meta={**image.meta, "filename_or_obj": f"{name}.nii.gz"})
@@ -301,14 +298,12 @@ def _voxel_to_lps(grid: np.ndarray, dims: int) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0])[:dims, :dims] @ grid[:dims, :dims]
 
 
-def _file_stem(image: Any) -> str:
-    """Return the name, without folder and image suffix, of the file that an image was loaded from."""
-    source = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-    if isinstance(source, (list, tuple)) and source:
-        source = source[0]
-    if not isinstance(source, (str, os.PathLike)) or not Path(source).name:
+def _result_name(user: str, images: Sequence[Any]) -> str:
+    """Return the name that results made of these images bear, from the files they were loaded from."""
+    files = [image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None for image in images]
+    try:
+        return result_name(files)
+    except ValueError as error:
         raise ValueError(
-            f"SaveTransformd expects images that carry 'filename_or_obj' to name its files, got {source!r}."
-        )
-    stem, suffix = os.path.splitext(os.path.basename(source))
-    return os.path.splitext(stem)[0] if suffix == ".gz" else stem
+            f"{user} expects images that carry 'filename_or_obj' to name its files, got {files}."
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 
 __all__ = [
     "decathlon_subjects",
+    "file_stem",
     "image_files",
     "listed_pairs",
     "load_pairs",
     "pair_names",
     "require_pairs",
+    "result_name",
     "subjects",
 ]
 
@@ -145,6 +148,43 @@ def listed_pairs(pairs: str | Path | None, moving: str | None = None, fixed: str
     return [{"moving": str(moving), "fixed": str(fixed)}]
 
 
+def file_stem(path: Any) -> str:
+    """Return the name of an image's file without folder and suffix.
+
+    Args:
+        path: the file, or a list of files, one per channel, of which the first counts.
+
+    Raises:
+        ValueError: for what names no file.
+
+    Example:
+        >>> file_stem("study/scan.v2.nii.gz"), file_stem(["t1.png", "t2.png"])
+        ('scan.v2', 't1')
+    """
+    first = path[0] if isinstance(path, (list, tuple)) and path else path
+    name = os.path.basename(first) if isinstance(first, (str, os.PathLike)) else ""
+    stem, suffix = os.path.splitext(name)
+    if not stem:
+        raise ValueError(f"expected the path of a file, or a list of them, got {path!r}.")
+    return os.path.splitext(stem)[0] if suffix == ".gz" else stem
+
+
+def result_name(paths: Sequence[Any]) -> str:
+    """Return what the results made of these files are called: their stems, joined by "_to_".
+
+    Args:
+        paths: files as for `file_stem`, the moving image's first.
+
+    Raises:
+        ValueError: as `file_stem`.
+
+    Example:
+        >>> result_name(["study/moving.nii.gz", "atlas.png"])
+        'moving_to_atlas'
+    """
+    return "_to_".join(map(file_stem, paths))
+
+
 def require_pairs(data: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to register nothing, or pairs whose results would overwrite each other.
 
@@ -152,19 +192,19 @@ def require_pairs(data: Sequence[Mapping[str, Any]]) -> None:
         data: the pairs.
 
     Raises:
-        ValueError: if there are none, or if the names of the files of two pairs are the same.
+        ValueError: if there are none, or if two pairs have the same `result_name`.
     """
     if len(data) == 0:
         raise ValueError("no pair to register: give --moving and --fixed, or --pairs with a JSON or CSV list.")
-    seen: dict[tuple[str, str], Mapping[str, Any]] = {}
+    seen: dict[str, Mapping[str, Any]] = {}
     for pair in data:
-        names = Path(str(pair["moving"])).name, Path(str(pair["fixed"])).name
-        if names in seen:
+        name = result_name([pair["moving"], pair["fixed"]])
+        if name in seen:
             raise ValueError(
-                f"results are named after the files, and two pairs are both called {names[0]} and {names[1]}: "
-                f"{dict(seen[names])} and {dict(pair)}; register them into folders of their own."
+                f"results are named after the files without their suffixes, and those of two pairs would both be "
+                f"called {name}: {dict(seen[name])} and {dict(pair)}; register them into folders of their own."
             )
-        seen[names] = pair
+        seen[name] = pair
 
 
 def pair_names(batch: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-__all__ = ["covering_grid", "origin_offset", "same_axes"]
+__all__ = ["axis_order", "covering_grid", "origin_offset", "reordered", "reordered_affine", "same_axes"]
 
 _ROUNDING = 1e-6  # voxels by which a grid may miss a point because of rounding
 
@@ -39,7 +39,7 @@ def same_axes(
     """
     a, _ = _steps_and_origin(affine_a, dims, "the first grid")
     b, _ = _steps_and_origin(affine_b, dims, "the second grid")
-    return bool((torch.linalg.norm(a - b, dim=0) <= tolerance * torch.linalg.norm(b, dim=0)).all())
+    return _same_steps(a, b, tolerance)
 
 
 def origin_offset(
@@ -117,6 +117,117 @@ def covering_grid(
     affine = torch.as_tensor(fixed_affine, dtype=torch.float64, device="cpu").clone()
     affine[:dims, -1] = origin + steps @ corner
     return affine, tuple(int(size) + 1 for size in (extent - _ROUNDING).ceil())
+
+
+def axis_order(
+    affine: torch.Tensor | np.ndarray, target_affine: torch.Tensor | np.ndarray, dims: int
+) -> tuple[list[int], list[int]]:
+    """Return how the axes of one array are the axes of another, permuted and flipped.
+
+    Args:
+        affine: voxel indices of the array at hand to RAS+ millimeters.
+        target_affine: voxel indices of the array wanted to RAS+ millimeters; its origin does not count.
+        dims: D, the number of spatial axes of both.
+
+    Returns:
+        For each axis of the array wanted, the axis of the array at hand that lies along it; and 1 where both have the
+        same direction, -1 where it is reversed.
+
+    Raises:
+        ValueError: if the axes differ by more than order and sign, or for an affine that `same_axes` refuses.
+
+    Example:
+        >>> axis_order(torch.eye(3), torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), dims=2)
+        ([1, 0], [-1, 1])
+    """
+    steps, _ = _steps_and_origin(affine, dims, "the array at hand")
+    target_steps, _ = _steps_and_origin(target_affine, dims, "the array wanted")
+    share = torch.linalg.solve(steps, target_steps)  # column i: axis i of the target, in voxels of the array at hand
+    axes = share.abs().argmax(dim=0)
+    signs = share.gather(0, axes[None])[0].sign()
+    exact = torch.zeros_like(share).scatter(0, axes[None], signs[None])
+    if len(set(axes.tolist())) < dims or not _same_steps(steps @ exact, target_steps):
+        raise ValueError(
+            f"axis_order expects axes that differ by order and sign alone, got {steps.tolist()} and "
+            f"{target_steps.tolist()}."
+        )
+    return axes.tolist(), [int(sign) for sign in signs]
+
+
+def reordered(values: torch.Tensor, axes: Sequence[int], signs: Sequence[int], is_ddf: bool = False) -> torch.Tensor:
+    """Permute and flip the spatial axes of an image or a field; no value is interpolated.
+
+    Args:
+        values: `(C, *shape)`, or for a ddf `(D, *shape)`, voxels along the array axes.
+        axes: for each axis of the result, the axis of `values` it is, 0 to D - 1.
+        signs: for each axis of the result, -1 to reverse it, else 1.
+        is_ddf: permute the components as well and change their signs, as they count voxels along the axes.
+
+    Returns:
+        The same values `(C, *new shape)`, on the grid `reordered_affine` gives.
+
+    Raises:
+        ValueError: if the axes are no permutation, the signs not -1 or 1, or the components of a ddf not D.
+
+    Example:
+        >>> reordered(torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), axes=[1, 0], signs=[-1, 1], is_ddf=True).tolist()
+        [[[-4.0], [-3.0]], [[2.0], [1.0]]]
+    """
+    dims = values.dim() - 1
+    _check_order(axes, signs, dims)
+    if is_ddf and values.shape[0] != dims:
+        raise ValueError(f"reordered expects a ddf of {dims} components on {dims} axes, got {list(values.shape)}.")
+    result = values.permute(0, *(axis + 1 for axis in axes)).flip([i + 1 for i, sign in enumerate(signs) if sign < 0])
+    if is_ddf:
+        result = result[list(axes)] * result.new_tensor(list(signs)).reshape([-1] + [1] * dims)
+    return result.contiguous()
+
+
+def reordered_affine(
+    affine: torch.Tensor | np.ndarray, shape: Sequence[int], axes: Sequence[int], signs: Sequence[int]
+) -> torch.Tensor:
+    """Return the affine of an array after `reordered`: every voxel stays where it is in the world.
+
+    Args:
+        affine: voxel indices of the array to RAS+ millimeters.
+        shape: voxels along each of its D axes.
+        axes: as for `reordered`.
+        signs: as for `reordered`.
+
+    Returns:
+        Voxel indices of the reordered array to RAS+ millimeters, float64, in the shape of `affine`.
+
+    Raises:
+        ValueError: if the axes are no permutation, the signs not -1 or 1, or for an affine that `same_axes` refuses.
+
+    Example:
+        >>> reordered_affine(torch.eye(3), shape=(4, 6), axes=[1, 0], signs=[-1, 1]).tolist()
+        [[0.0, 1.0, 0.0], [-1.0, 0.0, 5.0], [0.0, 0.0, 1.0]]
+    """
+    dims = len(shape)
+    _check_order(axes, signs, dims)
+    _steps_and_origin(affine, dims, "the array")
+    given = torch.as_tensor(affine, dtype=torch.float64, device="cpu")
+    old_from_new = torch.eye(len(given), dtype=torch.float64)
+    old_from_new[:dims, :dims] = 0
+    for new, (old, sign) in enumerate(zip(axes, signs)):
+        old_from_new[old, new] = sign
+        if sign < 0:
+            old_from_new[old, -1] = shape[old] - 1
+    return given @ old_from_new
+
+
+def _same_steps(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Tell whether steps `(D, D)`, in columns, agree up to that share of a voxel of `b`."""
+    return bool((torch.linalg.norm(a - b, dim=0) <= tolerance * torch.linalg.norm(b, dim=0)).all())
+
+
+def _check_order(axes: Sequence[int], signs: Sequence[int], dims: int) -> None:
+    """Refuse what does not reorder D axes."""
+    if sorted(axes) != list(range(dims)) or len(signs) != dims or not set(signs) <= {-1, 1}:
+        raise ValueError(
+            f"expected the axes 0 to {dims - 1} in any order, and -1 or 1 for each, got {list(axes)} and {list(signs)}."
+        )
 
 
 def _steps_and_origin(affine: torch.Tensor | np.ndarray, dims: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:

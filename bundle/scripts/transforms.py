@@ -12,16 +12,17 @@ import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor, get_track_meta
 from monai.transforms import MapTransform, SpatialResample, Transform
-from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
+from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple, ensure_tuple_rep
 
 from .fields import warp
-from .spaces import covering_grid, origin_offset, same_axes
+from .spaces import axis_order, covering_grid, origin_offset, reordered, reordered_affine, same_axes
 from .synthesis import DARKEST
 
 __all__ = [
     "MatchAxesd",
     "NormalizeContent",
     "NormalizeContentd",
+    "RestoreOrientationd",
     "RestorePredd",
     "SplitPred",
     "SplitPredd",
@@ -532,3 +533,54 @@ class RestorePredd(Transform):
 def _as_field(vector: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
     """Give a vector `(D,)` the axes, type and device of a ddf `(D, *shape)`."""
     return vector.to(ddf).reshape([-1] + [1] * (ddf.dim() - 1))
+
+
+class RestoreOrientationd(MapTransform):
+    """Put arrays back into the axis order and directions of the file that their grid came from.
+
+    The inverse of `Orientationd` for what was made after it: axes are permuted and flipped, nothing is interpolated,
+    and every voxel stays where it is in the world. The order of the file is read from "original_affine", which
+    `LoadImaged` notes and results inherit from the fixed image. Formats that know no affine (PNG) are loaded with the
+    identity, which is taken where there is no such note.
+
+    Args:
+        keys: images and ddfs, `MetaTensor`s `(C, *shape)`.
+        ddf_keys: those of the keys that are ddfs `(D, *shape)`, voxels: their components follow the axes.
+        allow_missing_keys: skip keys that are not there.
+
+    Raises:
+        ValueError: if `ddf_keys` are not among the keys; when called, for an item without an affine, or if it differs
+            from the original one by more than the order and direction of axes (and the origin).
+
+    Example:
+        >>> to_left = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+        >>> ddf = MetaTensor(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), meta={"original_affine": to_left})
+        >>> RestoreOrientationd("ddf")({"ddf": ddf})["ddf"].tolist()
+        [[[-2.0], [-1.0]], [[4.0], [3.0]]]
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        keys: KeysCollection = ("moved", "ddf"),
+        ddf_keys: KeysCollection = "ddf",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.ddf_keys = ensure_tuple(ddf_keys)
+        if not set(self.ddf_keys) <= set(self.keys):
+            raise ValueError(f"RestoreOrientationd expects ddf_keys among the keys {self.keys}, got {self.ddf_keys}.")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with every key in the order of its file."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            affine, shape = _affine(item, key, "RestoreOrientationd"), item[key].shape[1:]
+            original = item[key].meta.get("original_affine", torch.eye(4))
+            axes, signs = axis_order(affine, original, len(shape))
+            result = _with_meta(reordered(_plain(item[key]), axes, signs, is_ddf=key in self.ddf_keys), item[key])
+            if isinstance(result, MetaTensor):
+                result.affine = reordered_affine(affine, shape, axes, signs)
+            item[key] = result
+        return item

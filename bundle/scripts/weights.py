@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .networks.carl import CARL, arguments_from_state
+from .networks.pair import PairNetwork
 
-__all__ = ["load_network", "read_state", "save_atomically", "save_weights", "shipped_weights"]
+__all__ = ["load_into", "load_network", "read_state", "save_atomically", "save_weights", "shipped_weights"]
 
 _ARGUMENTS_KEY = "_extra_state"
 
@@ -74,12 +76,29 @@ def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -
     state = read_state(path)
     if _ARGUMENTS_KEY not in state:
         raise ValueError(f"{path} does not say which network it belongs to (no entry '{_ARGUMENTS_KEY}').")
-    network = CARL(**arguments_from_state(state[_ARGUMENTS_KEY]))
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {path} do not fit their network: {error}") from error
+        network = CARL(**arguments_from_state(state[_ARGUMENTS_KEY]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a network that can be built: {error}") from error
+    load_into(network, path)
     return network.to(device).eval()
+
+
+def load_into(network: nn.Module, path: str | Path) -> None:
+    """Load weights into a network that is already built, all of them or none.
+
+    Args:
+        network: a registration network, or a `PairNetwork` around one.
+        path: a flat state dict, or a checkpoint that holds one under "model", from any device.
+
+    Raises:
+        ValueError: if the file holds no weights, or those of another network.
+    """
+    target = network.net if isinstance(network, PairNetwork) else network
+    try:
+        target.load_state_dict(read_state(path))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
@@ -92,15 +111,19 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         Parameter name of the network, without that prefix, to tensor.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file cannot be read or holds something else.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no weights file {path}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable weights file: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+    named = isinstance(content, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items())
+    if not named or not content:
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or such a dictionary under 'model'.")
     return {name.removeprefix("net."): value for name, value in content.items()}
 

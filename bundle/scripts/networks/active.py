@@ -5,16 +5,32 @@ content's bounding box, grown by a margin: it follows the content wherever the c
 image alone, never by comparing features. Boxes are integer tensors `(B, D)` so that each sample of a batch has its own.
 """
 
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["box_mask", "check_pair", "clamp_to_box", "content_box", "has_content", "keep_if_content", "shift_grid"]
+__all__ = [
+    "box_mask",
+    "check_pair",
+    "clamp_to_box",
+    "content_box",
+    "has_content",
+    "is_count",
+    "keep_if_content",
+    "shift_grid",
+]
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Tell whether an argument is a whole number of at least `least`, and of an integer type."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_pair(moving: torch.Tensor, fixed: torch.Tensor, spatial_dims: int, in_channels: int) -> None:
     """Refuse a pair of images that a network cannot take.
+
+    Values are looked at in eager mode only: an exported graph has no place for an exception.
 
     Args:
         moving: `(B, C, *moving shape)`.
@@ -23,7 +39,8 @@ def check_pair(moving: torch.Tensor, fixed: torch.Tensor, spatial_dims: int, in_
         in_channels: number of channels it was built for.
 
     Raises:
-        ValueError: if an image has another number of axes or channels, an empty axis, or another batch size.
+        ValueError: if an image has another number of axes or channels, an empty axis, another batch size, type or
+            device than the other, integers, or values that are NaN or infinite.
     """
     for name, image in (("moving", moving), ("fixed", fixed)):
         if image.dim() != spatial_dims + 2:
@@ -38,11 +55,31 @@ def check_pair(moving: torch.Tensor, fixed: torch.Tensor, spatial_dims: int, in_
             )
         if image.numel() == 0:
             raise ValueError(f"the {name} image must not have an empty axis, got shape {list(image.shape)}.")
+        if not image.is_floating_point():
+            raise ValueError(f"the {name} image must be of a floating point type, got {image.dtype}.")
     if moving.shape[0] != fixed.shape[0]:
         raise ValueError(
             f"moving and fixed must have one batch size, got {moving.shape[0]} and {fixed.shape[0]} in shapes "
             f"{list(moving.shape)} and {list(fixed.shape)}."
         )
+    if moving.dtype != fixed.dtype or moving.device != fixed.device:
+        raise ValueError(
+            f"moving and fixed must be of one type on one device, got {moving.dtype} on {moving.device} and "
+            f"{fixed.dtype} on {fixed.device}."
+        )
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        _check_finite(moving, fixed)
+
+
+@torch.jit.unused
+def _check_finite(moving: torch.Tensor, fixed: torch.Tensor) -> None:
+    """Refuse NaN and infinity, which would spread over the batch and stay in a network's running statistics."""
+    if torch.isfinite(moving).all() & torch.isfinite(fixed).all():  # the device is waited for once, not twice
+        return
+    for name, image in (("moving", moving), ("fixed", fixed)):
+        count = int((~torch.isfinite(image)).sum())
+        if count > 0:
+            raise ValueError(f"the {name} image must be finite, got {count} voxel value(s) that are NaN or infinite.")
 
 
 def has_content(image: torch.Tensor) -> torch.Tensor:

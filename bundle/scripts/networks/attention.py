@@ -7,14 +7,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..fields import identity_grid
-from .active import box_mask, check_pair, clamp_to_box, content_box, keep_if_content, pad_all
+from .active import (
+    box_mask,
+    check_pair,
+    clamp_to_box,
+    content_box,
+    has_content,
+    is_count,
+    keep_if_content,
+    pad_all,
+)
 from .encoder import Encoder
 
 __all__ = ["CoordinateAttention", "attend"]
 
 
+def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Return half precision as float32; float32 and float64 as they are."""
+    if tensor.dtype == torch.float16 or tensor.dtype == torch.bfloat16:
+        return tensor.float()
+    return tensor
+
+
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Average values by softmax weights of the unscaled products of queries and keys, in memory linear in both.
+
+    Half precision is computed as float32, and automatic mixed precision left: a coordinate rounded to bfloat16 is off
+    by up to a quarter voxel at 64 voxels from the center.
 
     Args:
         queries: `(B, Q, F)`.
@@ -23,7 +42,7 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
         allowed: `(B, K)`, boolean, at least one true in each sample; other keys get no weight.
 
     Returns:
-        `(B, Q, V)`.
+        `(B, Q, V)`, float32 or better.
 
     Example:
         >>> one_hot = torch.eye(3).unsqueeze(0)
@@ -31,6 +50,16 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
         >>> attend(one_hot, one_hot, torch.arange(3.0).reshape(1, 3, 1) + 5.0, allowed).flatten().tolist()
         [5.0, 5.0, 5.0]
     """
+    queries, keys, values = _full_precision(queries), _full_precision(keys), _full_precision(values)
+    if torch.jit.is_scripting():
+        return _attend(queries, keys, values, allowed)
+    else:  # TorchScript compiles what follows a returning `if`, but not this branch
+        with torch.autocast(queries.device.type, enabled=False):
+            return _attend(queries, keys, values, allowed)
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Do what `attend` does in the one precision of the arguments."""
     # Contiguous features, values as wide as the keys and a mask of one row keep torch on its fused kernel, which never
     # builds the Q x K matrix; anything else falls back to the quadratic one.
     width = values.shape[2]
@@ -76,12 +105,12 @@ class CoordinateAttention(nn.Module):
         self, spatial_dims: int, in_channels: int = 1, feature_channels: int = 128, *, padding: int = 2
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3):
-            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        if in_channels < 1 or feature_channels < spatial_dims or padding < 0:
+        if not is_count(spatial_dims, 2) or spatial_dims > 3:
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
+        if not (is_count(in_channels, 1) and is_count(feature_channels, spatial_dims) and is_count(padding, 0)):
             raise ValueError(
-                f"in_channels must be at least 1, feature_channels at least spatial_dims and padding at least 0, "
-                f"got {in_channels}, {feature_channels} and {padding}."
+                "in_channels must be an integer of at least 1, feature_channels one of at least spatial_dims and "
+                f"padding one of at least 0, got {in_channels!r}, {feature_channels!r} and {padding!r}."
             )
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
@@ -133,12 +162,17 @@ class CoordinateAttention(nn.Module):
         )
 
     def _encode(self, image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return features `(B, F, *padded shape)` and the active set `(B, 1, *padded shape)` of the padded image."""
+        """Return features `(B, F, *padded shape)` and the allowed keys `(B, 1, *padded shape)` of the padded image.
+
+        The keys are the active set, but for an empty image: there every key is allowed, as softmax needs one, and
+        nothing is active, so that it leaves no trace in the statistics of batch normalization.
+        """
         first, last = content_box(image)
         padded = pad_all(image, self.padding)
         # On the padded grid the content's box starts at first + padding; grown by the padding it starts at first.
-        active = box_mask(first, last + 2 * self.padding, list(padded.shape[2:]))
-        return self.encoder(padded, active.to(image.dtype)), active
+        allowed = box_mask(first, last + 2 * self.padding, list(padded.shape[2:]))
+        active = allowed & has_content(image).reshape([-1] + [1] * (image.dim() - 1))
+        return self.encoder(padded, active.to(image.dtype)), allowed
 
     def _match(
         self,
@@ -154,11 +188,11 @@ class CoordinateAttention(nn.Module):
             queries = queries.narrow(2 + k, self.padding, fixed.shape[2 + k])
         first, last = content_box(moving)
         view = [moving.shape[0], self.spatial_dims] + [1] * self.spatial_dims
-        # Coordinates relative to the content's center: small numbers, small rounding.
-        center = (0.5 * (first + last)).to(moving.dtype).reshape(view)
-        coordinates = (
-            identity_grid(list(moving_features.shape[2:]), moving.dtype, moving.device) - self.padding - center
-        )
+        # Coordinates relative to the content's center: small numbers, small rounding. Half precision cannot count them.
+        half = moving.dtype == torch.float16 or moving.dtype == torch.bfloat16
+        dtype = torch.float32 if half else moving.dtype
+        center = (0.5 * (first + last)).to(dtype).reshape(view)
+        coordinates = identity_grid(list(moving_features.shape[2:]), dtype, moving.device) - self.padding - center
         answer = attend(
             queries.flatten(2).transpose(1, 2),
             moving_features.flatten(2).transpose(1, 2),
@@ -166,6 +200,6 @@ class CoordinateAttention(nn.Module):
             allowed.flatten(1),
         )
         found = answer.transpose(1, 2).reshape(list(queries.shape[:1]) + [self.spatial_dims] + list(fixed.shape[2:]))
-        ddf = found + (center - identity_grid(list(fixed.shape[2:]), fixed.dtype, fixed.device))
+        ddf = found + (center - identity_grid(list(fixed.shape[2:]), dtype, fixed.device))
         fixed_first, fixed_last = content_box(fixed)
         return keep_if_content(clamp_to_box(ddf, fixed_first, fixed_last), moving, fixed)

@@ -6,7 +6,7 @@ from typing import Any, Sequence, Tuple
 import torch
 from torch import nn
 
-from .active import check_pair
+from .active import check_pair, is_count
 from .attention import CoordinateAttention
 from .combinators import Downsample, TwoStep, both, first_step
 from .refinement import DisplacementUNet
@@ -70,22 +70,12 @@ class CARL(nn.Module):
         super().__init__()
         if nesting not in NESTINGS:
             raise ValueError(f"nesting must be one of {', '.join(NESTINGS)}, got '{nesting}'.")
-        if factor < 1 or (nesting == "left" and factor % 2):
+        if not is_count(factor, 1) or (nesting == "left" and factor % 2):
             raise ValueError(f"factor must be at least 1, and even for nesting 'left', got {factor}.")
-        if extra_refinements < 0:
+        if not is_count(extra_refinements, 0):
             raise ValueError(f"extra_refinements must be at least 0, got {extra_refinements}.")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
-        self._arguments: dict[str, Any] = {
-            "spatial_dims": spatial_dims,
-            "in_channels": in_channels,
-            "feature_channels": feature_channels,
-            "factor": factor,
-            "nesting": nesting,
-            "refinement_channels": list(refinement_channels),
-            "extra_refinements": extra_refinements,
-            "padding": padding,
-        }
 
         def refinement() -> nn.Module:
             return DisplacementUNet(spatial_dims, in_channels, refinement_channels)
@@ -103,6 +93,16 @@ class CARL(nn.Module):
         for _ in range(extra_refinements):
             steps = TwoStep(steps, refinement())
         self.steps = steps
+        self._arguments: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "in_channels": in_channels,
+            "feature_channels": feature_channels,
+            "factor": factor,
+            "nesting": nesting,
+            "refinement_channels": list(refinement_channels),
+            "extra_refinements": extra_refinements,
+            "padding": padding,
+        }
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images.
@@ -149,7 +149,22 @@ class CARL(nn.Module):
         return torch.tensor(list(json.dumps(self._arguments).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Ignore the arguments in a state dict: they describe it; parameters that do not fit are refused by name."""
+        """Refuse the state dict of another network, also where the shapes of all parameters agree.
+
+        Args:
+            state: `(N,)`, bytes, what `get_extra_state` returned.
+
+        Raises:
+            ValueError: naming the arguments that differ.
+        """
+        theirs = arguments_from_state(state)
+        differing = [
+            f"{name} {theirs.get(name)} instead of {self._arguments.get(name)}"
+            for name in sorted(set(theirs) | set(self._arguments))
+            if theirs.get(name) != self._arguments.get(name)
+        ]
+        if differing:
+            raise ValueError(f"the weights belong to another network: {', '.join(differing)}.")
 
 
 def arguments_from_state(state: torch.Tensor) -> dict[str, Any]:
@@ -160,5 +175,14 @@ def arguments_from_state(state: torch.Tensor) -> dict[str, Any]:
 
     Returns:
         Keyword arguments of `CARL`.
+
+    Raises:
+        ValueError: if the entry is something else.
     """
-    return json.loads(bytes(state.tolist()).decode())
+    try:
+        arguments = json.loads(bytes(state.tolist()).decode())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the entry that describes the network is not readable: {error}.") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the entry that describes the network must hold its arguments, got {arguments!r}.")
+    return arguments

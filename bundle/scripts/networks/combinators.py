@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..fields import compose, resize, warp
-from .active import content_box, keep_if_content, shift_grid
+from .active import content_box, is_count, keep_if_content, shift_grid
 
 __all__ = ["Downsample", "TwoStep", "both", "first_step"]
 
@@ -102,7 +102,7 @@ class Downsample(nn.Module):
         content_phase: whether blocks are counted from the content.
 
     Raises:
-        ValueError: if the factor is less than 1.
+        ValueError: if the factor is not an integer of at least 1.
 
     Example:
         >>> class Half(nn.Module):
@@ -115,8 +115,8 @@ class Downsample(nn.Module):
 
     def __init__(self, net: nn.Module, factor: int, content_phase: bool = False) -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}.")
+        if not is_count(factor, 1):
+            raise ValueError(f"factor must be an integer of at least 1, got {factor!r}.")
         self.net = net
         self.factor = factor
         self.content_phase = content_phase

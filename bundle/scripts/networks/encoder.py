@@ -47,7 +47,8 @@ class _TrackedConvolution(nn.Module):
 class _TrackedNorm(nn.Module):
     """Batch normalization on deviations, its statistics taken over active voxels.
 
-    Parameters and buffers carry the names of `torch.nn.BatchNorm3d`; momentum and epsilon are torch's defaults.
+    Parameters and buffers carry the names of `torch.nn.BatchNorm3d`; momentum and epsilon are torch's defaults. Where
+    nothing is active there is nothing to learn from, and running statistics stay as they are.
     """
 
     running_mean: torch.Tensor
@@ -68,14 +69,16 @@ class _TrackedNorm(nn.Module):
         mean, var = self.running_mean, self.running_var
         if self.training:
             axes = [0] + list(range(2, deviation.dim()))
-            count = active.sum().clamp(min=1.0)
+            total = active.sum()
+            count = total.clamp(min=1.0)
             offset = deviation.sum(dim=axes) / count  # deviations are zero outside the active set
             var = ((deviation - _per_channel(offset, deviation)) ** 2 * active).sum(dim=axes) / count
             mean = background + offset
             with torch.no_grad():
                 unbiased = var * count / (count - 1.0).clamp(min=1.0)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                old_mean, old_var = self.running_mean, self.running_var
+                old_mean.lerp_(torch.where(total > 0, mean.to(old_mean.dtype), old_mean), self.momentum)
+                old_var.lerp_(torch.where(total > 0, unbiased.to(old_var.dtype), old_var), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return deviation * _per_channel(scale, deviation), (background - mean) * scale + self.bias
 

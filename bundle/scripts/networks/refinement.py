@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 
-from .active import check_pair, keep_if_content
+from .active import check_pair, is_count, keep_if_content
 
 __all__ = ["DisplacementUNet"]
 
@@ -89,12 +89,13 @@ class DisplacementUNet(nn.Module):
         self, spatial_dims: int, in_channels: int = 1, channels: Sequence[int] = (16, 32, 64, 256, 512)
     ) -> None:
         super().__init__()
-        if spatial_dims not in (2, 3) or in_channels < 1:
+        if not is_count(spatial_dims, 2) or spatial_dims > 3 or not is_count(in_channels, 1):
             raise ValueError(
-                f"spatial_dims must be 2 or 3 and in_channels at least 1, got {spatial_dims} and {in_channels}."
+                f"spatial_dims must be 2 or 3 and in_channels an integer of at least 1, got {spatial_dims!r} and "
+                f"{in_channels!r}."
             )
-        if not channels or min(channels) < 1:
-            raise ValueError(f"channels must name at least one positive width, got {tuple(channels)}.")
+        if not isinstance(channels, Sequence) or not channels or not all(is_count(width, 1) for width in channels):
+            raise ValueError(f"channels must name at least one positive width, got {channels!r}.")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         # What one unit of the head's output moves; a tenth of the image in the authors' network, whose shape is fixed.
