@@ -37,8 +37,10 @@ from torch.nn.functional import pad
 import equireg
 from equireg.data import PairDataset
 from equireg.fields import warp
+from equireg.inferer import RegistrationInferer
 from equireg.lists import decathlon_subjects
 from equireg.metrics import folding_fraction
+from equireg.networks import PairNetwork
 from equireg.transforms import NormalizeContentd
 
 CANVAS = (48, 64, 48)
@@ -72,11 +74,11 @@ def _unregistered(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], tor
 
 def _network(weights: str) -> Registration:
     """Run the network alone: no alignment before it, no optimization after it."""
-    net = equireg.load_network(weights)
+    net, infer = PairNetwork(equireg.load_network(weights)).eval(), RegistrationInferer()
 
     @torch.inference_mode()
     def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
-        ddf = net(moving, fixed)
+        ddf = infer(moving, net, fixed=fixed)[:, :3]
         return lambda: ddf
 
     return register
