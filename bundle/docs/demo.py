@@ -29,7 +29,7 @@ from equireg.pictures import registration_figure, save_figure
 from equireg.synthesis import smooth_field, vessel_tree
 
 BUNDLE = Path(__file__).resolve().parents[1]
-SIZE = 128  # of the square in which the vessels are drawn, voxels
+SIZE = 96  # of the square in which the vessels are drawn, voxels: about what the weights were trained on
 # Shapes of the two images, and where that square lies in each: the vessels end up side by side.
 MOVING_SHAPE, MOVING_CORNER = (176, 208), (8, 72)
 FIXED_SHAPE, FIXED_CORNER = (256, 160), (120, 8)
