@@ -168,8 +168,7 @@ def test_resume_goes_on_where_training_stopped(tmp_path: Path) -> None:
 
 
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    # Without the two terms that draw from the global generator, which no checkpoint carries.
-    extra: dict[str, Any] = {"epochs": 3, "train#random_transforms": [], "consistency_weight": 0.0}
+    extra: dict[str, Any] = {"epochs": 3, "val_interval": 2}
     run("training", "train", **settings(tmp_path / "whole", **extra))
     options = settings(tmp_path / "parts", **extra)
     stopped = workflow("train", "train", **options)

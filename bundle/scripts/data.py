@@ -208,7 +208,7 @@ class WarpedPairDataset(_IndexedPairs):
             raise ValueError(f"WarpedPairDataset expects subjects and a length >= 1, got {len(data)} and {length}.")
         super().__init__(data, transform, length)
         self.subjects = CacheDataset(data, transform=load, progress=False, runtime_cache=True)
-        self.warp, self.seed = warp, seed
+        self.warp, self.seed = deepcopy(warp), seed  # a copy, because every item seeds it anew
 
     def _pair(self, index: int) -> dict[str, Any]:
         self.warp.set_random_state(state=np.random.RandomState([self.seed, index]))

@@ -7,17 +7,19 @@ import pickle
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.networks.utils import eval_mode
+from monai.transforms import Randomizable
 
 from .fields import warp
 from .networks.combinators import first_step
 from .networks.pair import PairNetwork
 from .weights import save_atomically
 
-__all__ = ["AttentionMonitor", "EpochCheckpoint", "StopOnNonFiniteLoss", "cosine_decay"]
+__all__ = ["AttentionMonitor", "EpochCheckpoint", "EpochSeed", "StopOnNonFiniteLoss", "cosine_decay"]
 
 
 def cosine_decay(epoch: int, epochs: int) -> float:
@@ -110,6 +112,32 @@ class AttentionMonitor:
 
     def _report(self, engine: Engine) -> None:
         engine.state.metrics[self.name] = sum(self._values) / max(len(self._values), 1)
+
+
+class EpochSeed:
+    """Seed torch and the random transforms anew at the start of each epoch, from the epoch's number.
+
+    A resumed training then augments and draws noise as an uninterrupted one does, without random states in its
+    checkpoint. Workers that outlive an epoch keep their own random transforms.
+
+    Args:
+        seed: seed of the training.
+        transform: random transforms, as one `monai.transforms.Compose`.
+    """
+
+    def __init__(self, seed: int, transform: Randomizable) -> None:
+        self.seed = seed
+        self.transform = transform
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Seed for the epoch that starts."""
+        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        self.transform.set_random_state(seed=seed)
 
 
 class EpochCheckpoint:
