@@ -261,8 +261,7 @@ def test_vessels(network: str, vessels: Path, tmp_path: Path) -> None:
             pytest.skip("the bundle has no vessels_unet.json")
         names.append("vessels_unet")
         options = {key: value for key, value in options.items() if key not in TINY_NETWORK}
-        nets = ("first_unet", "network_def#net#first#second", "network_def#net#second")
-        options.update({f"{net}#channels": [4, 8] for net in nets})
+        options["unet_channels"] = [4, 8]
     run("training", *names, **options)
     assert checkpoint(tmp_path)["trainer"]["iteration"] == 2
     run("run", *names, "evaluate", **options, weights=str(tmp_path / "model.pt"))

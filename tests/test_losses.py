@@ -12,7 +12,8 @@ from monai.metrics import LossMetric
 from scipy.ndimage import correlate1d, map_coordinates
 
 from equireg.fields import identity_grid, invert, warp
-from equireg.losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, RegistrationLoss, RegularityWarmup
+from equireg.handlers import RegularityWarmup
+from equireg.losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, RegistrationLoss
 
 SHAPES = [(23,), (21, 18), (19, 7, 20)]
 
@@ -311,7 +312,7 @@ def test_from_configuration():
                 "consistency": {"_target_": "equireg.losses.GradICONLoss", "seed": 0},
                 "consistency_weight": 1.5,
             },
-            "handler": {"_target_": "equireg.losses.RegularityWarmup", "loss": "@loss", "warmup_epochs": 2},
+            "handler": {"_target_": "equireg.handlers.RegularityWarmup", "loss": "@loss", "warmup_epochs": 2},
         }
     )
     loss, handler = parser.get_parsed_content("loss"), parser.get_parsed_content("handler")

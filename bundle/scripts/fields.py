@@ -11,7 +11,7 @@ from typing import List, Optional
 import torch
 import torch.nn.functional as F
 
-__all__ = ["compose", "identity_grid", "invert", "jacobian_determinant", "resize", "warp"]
+__all__ = ["compose", "full_precision", "identity_grid", "invert", "jacobian_determinant", "resize", "warp"]
 
 
 def identity_grid(
@@ -33,6 +33,24 @@ def identity_grid(
     """
     axes = [torch.arange(size, dtype=dtype, device=device) for size in shape]
     return torch.stack(torch.meshgrid(axes, indexing="ij")).unsqueeze(0)
+
+
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Return half precision and integers as float32; float32 and float64 as they are.
+
+    Half precision cannot count voxels: bfloat16 has no number between 256 and 258.
+
+    Args:
+        tensor: any shape.
+
+    Returns:
+        The same values, shape and device.
+
+    Example:
+        >>> full_precision(torch.zeros(1, dtype=torch.bfloat16)).dtype, full_precision(torch.zeros(1).double()).dtype
+        (torch.float32, torch.float64)
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: str = "border") -> torch.Tensor:
@@ -70,8 +88,7 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
         )
     if mode == "linear" and not image.is_floating_point():
         raise ValueError(f"warp expects a floating point image for mode 'linear', got {image.dtype}.")
-    if ddf.dtype == torch.float16 or ddf.dtype == torch.bfloat16:
-        ddf = ddf.float()  # half precision cannot count voxels: bfloat16 has no number between 256 and 258
+    ddf = full_precision(ddf)
     if mode == "nearest" and image.element_size() >= 4 and image.dtype != torch.float32:
         ddf = ddf.double()  # labels are not rounded: single precision has no number between 2^24 and 2^24 + 2
     if padding == "zeros":

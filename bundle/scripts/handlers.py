@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -15,11 +14,19 @@ from monai.networks.utils import eval_mode
 from monai.transforms import Randomizable
 
 from .fields import warp
+from .losses import RegistrationLoss
 from .networks.combinators import first_step
 from .networks.pair import PairNetwork
-from .weights import save_atomically
+from .weights import read_tensors, save_atomically
 
-__all__ = ["AttentionMonitor", "EpochCheckpoint", "EpochSeed", "StopOnNonFiniteLoss", "cosine_decay"]
+__all__ = [
+    "AttentionMonitor",
+    "EpochCheckpoint",
+    "EpochSeed",
+    "RegularityWarmup",
+    "StopOnNonFiniteLoss",
+    "cosine_decay",
+]
 
 
 def cosine_decay(epoch: int, epochs: int) -> float:
@@ -204,11 +211,8 @@ class EpochCheckpoint:
     def _read(self) -> dict[str, Any]:
         if not self.path.is_file():
             raise ValueError(f"nothing to resume from: {self.path} does not exist.")
-        try:
-            content: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            missing = {"trainer", *self.save_dict} - set(content)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} is not a readable checkpoint: {error}") from error
+        content = read_tensors(self.path, "checkpoint")
+        missing = {"trainer", *self.save_dict} - set(content)
         if missing:
             raise ValueError(
                 f"{self.path} is not a checkpoint of this training: it lacks {', '.join(sorted(missing))}."
@@ -237,3 +241,50 @@ class EpochCheckpoint:
         content: dict[str, Any] = {name: source.state_dict() for name, source in self.save_dict.items()}
         content["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "best": self.best}
         save_atomically(content, self.path)
+
+
+class RegularityWarmup:
+    """Train on regularity alone for the first epochs, and on consistency alone afterwards.
+
+    Coordinate attention does not start to train from scratch under GradICON, but does under diffusion, which in turn
+    would hold back large deformations later. The handler sets the loss's two weights at the start of every epoch from
+    the epoch's number, so that a resumed run goes on with the right ones.
+
+    Args:
+        loss: a `RegistrationLoss` with both terms; its weights at this time are those that are switched on.
+        warmup_epochs: number of epochs with regularity; 0 for none.
+
+    Raises:
+        ValueError: if the loss lacks a term or its weight, or `warmup_epochs` is negative.
+
+    Example:
+        >>> from equireg.losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, RegistrationLoss
+        >>> loss = RegistrationLoss(LocalCorrelationLoss(), DiffusionLoss(), 1.5, GradICONLoss(), 2.5)
+        >>> trainer = Engine(lambda engine, batch: (loss.regularity_weight, loss.consistency_weight))
+        >>> RegularityWarmup(loss, warmup_epochs=1).attach(trainer)
+        >>> trainer.run([0], max_epochs=1).output, trainer.run([0], max_epochs=2).output
+        ((1.5, 0.0), (0.0, 2.5))
+    """
+
+    def __init__(self, loss: RegistrationLoss, warmup_epochs: int) -> None:
+        weights = (loss.regularity_weight, loss.consistency_weight)
+        if loss.regularity is None or loss.consistency is None or 0 in weights:
+            raise ValueError(
+                "RegularityWarmup expects a loss with regularity, consistency and weights other than 0, "
+                f"got {loss.regularity}, {loss.consistency} and weights {weights}."
+            )
+        if warmup_epochs < 0:
+            raise ValueError(f"RegularityWarmup expects warmup_epochs of at least 0, got {warmup_epochs}.")
+        self.loss = loss
+        self.warmup_epochs = warmup_epochs
+        self._weights = weights
+
+    def attach(self, engine: Engine) -> None:
+        """Let a trainer call this handler at the start of each epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Set the weights for the engine's current epoch, counted from 1."""
+        warm = engine.state.epoch <= self.warmup_epochs
+        self.loss.regularity_weight = self._weights[0] if warm else 0.0
+        self.loss.consistency_weight = 0.0 if warm else self._weights[1]

@@ -12,18 +12,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from ignite.engine import Engine, Events
 from monai.utils import convert_to_tensor
 from torch.nn.modules.loss import _Loss
 
-from .fields import identity_grid, warp
+from .fields import full_precision, identity_grid, warp
 
-__all__ = ["DiffusionLoss", "GradICONLoss", "LocalCorrelationLoss", "RegistrationLoss", "RegularityWarmup"]
-
-
-def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """Return half precision and integers as float32; float32 and float64 as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+__all__ = ["DiffusionLoss", "GradICONLoss", "LocalCorrelationLoss", "RegistrationLoss"]
 
 
 def _check_ddf(ddf: torch.Tensor, name: str, owner: str, dims: tuple[int, ...]) -> None:
@@ -115,7 +109,7 @@ class LocalCorrelationLoss(_Loss):
             )
         # Half precision cannot hold the difference of two means: leave autocast.
         with torch.autocast(pred.device.type, enabled=False):
-            a, b = _full_precision(pred), _full_precision(target)
+            a, b = full_precision(pred), full_precision(target)
             maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
             mean_a, mean_b, aa, bb, ab = _gaussian_blur(maps, self.sigma).chunk(5, dim=1)
             covariance = ab - mean_a * mean_b
@@ -150,7 +144,7 @@ class DiffusionLoss(_Loss):
             ValueError: if the shape is not of that form.
         """
         _check_ddf(ddf, "a ddf", "DiffusionLoss", (1, 2, 3))
-        ddf = _full_precision(ddf)
+        ddf = full_precision(ddf)
         axes = [axis for axis in range(2, ddf.dim()) if ddf.shape[axis] > 1]
         # The empty sum keeps the graph, so that a single voxel has a gradient (zero) too.
         return sum((ddf.diff(dim=axis).square().mean() for axis in axes), start=0.0 * ddf.sum())
@@ -223,7 +217,7 @@ class GradICONLoss(_Loss):
                 "GradICONLoss expects two ddfs with the same batch size and number of axes, "
                 f"got {list(ddf_fixed_to_moving.shape)} and {list(ddf_moving_to_fixed.shape)}."
             )
-        back, there = _full_precision(ddf_fixed_to_moving), _full_precision(ddf_moving_to_fixed)
+        back, there = full_precision(ddf_fixed_to_moving), full_precision(ddf_moving_to_fixed)
         points = self._points(there)
         points = points.expand(there.shape[0], *points.shape[1:])
 
@@ -312,49 +306,3 @@ class RegistrationLoss(_Loss):
         if self.consistency is not None and self.consistency_weight != 0 and two_way:
             total = total + self.consistency_weight * self.consistency(ddfs[0], ddfs[1])
         return total
-
-
-class RegularityWarmup:
-    """Train on regularity alone for the first epochs, and on consistency alone afterwards.
-
-    Coordinate attention does not start to train from scratch under GradICON, but does under diffusion, which in turn
-    would hold back large deformations later. The handler sets the loss's two weights at the start of every epoch from
-    the epoch's number, so that a resumed run goes on with the right ones.
-
-    Args:
-        loss: a `RegistrationLoss` with both terms; its weights at this time are those that are switched on.
-        warmup_epochs: number of epochs with regularity; 0 for none.
-
-    Raises:
-        ValueError: if the loss lacks a term or its weight, or `warmup_epochs` is negative.
-
-    Example:
-        >>> loss = RegistrationLoss(LocalCorrelationLoss(), DiffusionLoss(), 1.5, GradICONLoss(), 2.5)
-        >>> trainer = Engine(lambda engine, batch: (loss.regularity_weight, loss.consistency_weight))
-        >>> RegularityWarmup(loss, warmup_epochs=1).attach(trainer)
-        >>> trainer.run([0], max_epochs=1).output, trainer.run([0], max_epochs=2).output
-        ((1.5, 0.0), (0.0, 2.5))
-    """
-
-    def __init__(self, loss: RegistrationLoss, warmup_epochs: int) -> None:
-        weights = (loss.regularity_weight, loss.consistency_weight)
-        if loss.regularity is None or loss.consistency is None or 0 in weights:
-            raise ValueError(
-                "RegularityWarmup expects a loss with regularity, consistency and weights other than 0, "
-                f"got {loss.regularity}, {loss.consistency} and weights {weights}."
-            )
-        if warmup_epochs < 0:
-            raise ValueError(f"RegularityWarmup expects warmup_epochs of at least 0, got {warmup_epochs}.")
-        self.loss = loss
-        self.warmup_epochs = warmup_epochs
-        self._weights = weights
-
-    def attach(self, engine: Engine) -> None:
-        """Let a trainer call this handler at the start of each epoch."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Set the weights for the engine's current epoch, counted from 1."""
-        warm = engine.state.epoch <= self.warmup_epochs
-        self.loss.regularity_weight = self._weights[0] if warm else 0.0
-        self.loss.consistency_weight = 0.0 if warm else self._weights[1]

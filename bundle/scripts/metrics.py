@@ -14,7 +14,7 @@ import torch
 from monai.metrics import CumulativeIterationMetric, do_metric_reduction
 from monai.utils import MetricReduction, convert_to_tensor
 
-from .fields import compose, jacobian_determinant
+from .fields import compose, full_precision, jacobian_determinant
 
 __all__ = [
     "FoldingFraction",
@@ -29,10 +29,9 @@ __all__ = [
 ]
 
 
-def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a plain tensor in float32, or float64 where it was."""
-    plain = convert_to_tensor(tensor, track_meta=False)
-    return plain.to(torch.promote_types(plain.dtype, torch.float32))
+    return full_precision(convert_to_tensor(tensor, track_meta=False))
 
 
 def folding_fraction(ddf: torch.Tensor) -> torch.Tensor:
@@ -56,7 +55,7 @@ def folding_fraction(ddf: torch.Tensor) -> torch.Tensor:
         >>> folding_fraction(-2.0 * identity_grid([4, 4, 4]))  # mirrors every axis
         tensor([1.])
     """
-    determinant = jacobian_determinant(_full_precision(ddf), scheme="forward")
+    determinant = jacobian_determinant(_plain(ddf), scheme="forward")
     return (~(determinant > 0)).to(determinant.dtype).flatten(1).mean(dim=1)
 
 
@@ -80,7 +79,7 @@ def sd_log_jacobian(ddf: torch.Tensor) -> torch.Tensor:
         >>> sd_log_jacobian(torch.zeros(1, 2, 4, 4))
         tensor([0.])
     """
-    determinant = jacobian_determinant(_full_precision(ddf), scheme="central").flatten(1)
+    determinant = jacobian_determinant(_plain(ddf), scheme="central").flatten(1)
     valid = determinant > 0
     count = valid.sum(dim=1, keepdim=True)
     log = torch.where(valid, determinant, 1.0).log()  # log(1) = 0: the voxels left out add nothing to the mean
@@ -105,7 +104,7 @@ def target_registration_error(points_a_mm: torch.Tensor, points_b_mm: torch.Tens
         >>> target_registration_error(torch.zeros(1, 5, 3), torch.tensor([0.0, 3.0, 4.0]).expand(1, 5, 3))
         tensor([5.])
     """
-    a, b = _full_precision(points_a_mm), _full_precision(points_b_mm)
+    a, b = _plain(points_a_mm), _plain(points_b_mm)
     if a.shape != b.shape or a.dim() != 3 or a.shape[1] == 0:
         raise ValueError(
             "target_registration_error expects two sets of points of one shape (B, N, D) with N of at least 1, "
@@ -135,7 +134,7 @@ def inverse_consistency_error(ddf_fixed_to_moving: torch.Tensor, ddf_moving_to_f
         >>> inverse_consistency_error(there, -there)
         tensor([0.])
     """
-    there, back = _full_precision(ddf_fixed_to_moving), _full_precision(ddf_moving_to_fixed)
+    there, back = _plain(ddf_fixed_to_moving), _plain(ddf_moving_to_fixed)
     dims = there.dim() - 2
     if dims not in (2, 3) or there.shape[1] != dims or back.dim() != dims + 2 or there.shape[:2] != back.shape[:2]:
         raise ValueError(

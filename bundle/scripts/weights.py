@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import nn
 from .networks.carl import CARL, arguments_from_state
 from .networks.pair import PairNetwork
 
-__all__ = ["load_into", "load_network", "read_state", "save_atomically", "save_weights", "shipped_weights"]
+__all__ = [
+    "load_into",
+    "load_network",
+    "read_state",
+    "read_tensors",
+    "save_atomically",
+    "save_weights",
+    "shipped_weights",
+]
 
 _ARGUMENTS_KEY = "_extra_state"
 
@@ -80,7 +89,7 @@ def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -
         network = CARL(**arguments_from_state(state[_ARGUMENTS_KEY]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a network that can be built: {error}") from error
-    load_into(network, path)
+    _fill(network, state, path)
     return network.to(device).eval()
 
 
@@ -92,11 +101,16 @@ def load_into(network: nn.Module, path: str | Path) -> None:
         path: a flat state dict, or a checkpoint that holds one under "model", from any device.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file holds no weights, or those of another network.
     """
-    target = network.net if isinstance(network, PairNetwork) else network
+    _fill(network.net if isinstance(network, PairNetwork) else network, read_state(path), path)
+
+
+def _fill(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Load a state dict, whose origin the error names."""
     try:
-        target.load_state_dict(read_state(path))
+        network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
 
@@ -116,16 +130,32 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no weights file {path}.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable weights file: {error}") from error
+    content = read_tensors(path, "weights file")
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
     named = isinstance(content, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items())
     if not named or not content:
         raise ValueError(f"{path} holds no state dict: expected names and tensors, or such a dictionary under 'model'.")
     return {name.removeprefix("net."): value for name, value in content.items()}
+
+
+def read_tensors(path: str | Path, kind: str) -> Any:
+    """Read a file of tensors and plain containers, and nothing that could run code.
+
+    Args:
+        path: an existing file.
+        kind: what the file should be, for the error.
+
+    Returns:
+        What was saved, on the CPU.
+
+    Raises:
+        ValueError: if the file is anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable {kind}: {error}") from error
 
 
 def save_weights(source: str | Path, target: str | Path) -> str:

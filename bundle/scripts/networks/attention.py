@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..fields import identity_grid
+from ..fields import full_precision, identity_grid
 from .active import (
     box_mask,
     check_pair,
@@ -20,13 +20,6 @@ from .active import (
 from .encoder import Encoder
 
 __all__ = ["CoordinateAttention", "attend"]
-
-
-def _full_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """Return half precision as float32; float32 and float64 as they are."""
-    if tensor.dtype == torch.float16 or tensor.dtype == torch.bfloat16:
-        return tensor.float()
-    return tensor
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -50,7 +43,7 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
         >>> attend(one_hot, one_hot, torch.arange(3.0).reshape(1, 3, 1) + 5.0, allowed).flatten().tolist()
         [5.0, 5.0, 5.0]
     """
-    queries, keys, values = _full_precision(queries), _full_precision(keys), _full_precision(values)
+    queries, keys, values = full_precision(queries), full_precision(keys), full_precision(values)
     if torch.jit.is_scripting():
         return _attend(queries, keys, values, allowed)
     else:  # TorchScript compiles what follows a returning `if`, but not this branch
@@ -189,8 +182,7 @@ class CoordinateAttention(nn.Module):
         first, last = content_box(moving)
         view = [moving.shape[0], self.spatial_dims] + [1] * self.spatial_dims
         # Coordinates relative to the content's center: small numbers, small rounding. Half precision cannot count them.
-        half = moving.dtype == torch.float16 or moving.dtype == torch.bfloat16
-        dtype = torch.float32 if half else moving.dtype
+        dtype = torch.promote_types(moving.dtype, torch.float32)
         center = (0.5 * (first + last)).to(dtype).reshape(view)
         coordinates = identity_grid(list(moving_features.shape[2:]), dtype, moving.device) - self.padding - center
         answer = attend(
