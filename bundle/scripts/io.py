@@ -27,6 +27,7 @@ __all__ = [
     "SaveTransformD",
     "SaveTransformDict",
     "SaveTransformd",
+    "itk_grid_affine",
     "read_displacement_field",
     "write_displacement_field",
 ]
@@ -80,7 +81,7 @@ def write_displacement_field(
             "write_displacement_field expects a finite ddf of shape (2, X, Y) or (3, X, Y, Z), "
             f"got shape {voxels.shape}{'' if np.isfinite(voxels).all() else ' with NaN or infinity'}."
         )
-    grid = _grid_affine(affine, dims)
+    grid = itk_grid_affine(affine, dims)
     field = np.einsum("ij,j...->...i", _voxel_to_lps(grid, dims), voxels)
     field = field.reshape(*voxels.shape[1:], *([1] * (4 - dims)), dims).astype(np.float32)  # (X, Y, Z, 1, D)
     image = nib.Nifti1Image(field, grid)
@@ -138,7 +139,7 @@ def read_displacement_field(path: str | os.PathLike[str]) -> tuple[torch.Tensor,
             f"got shape {shape} and intent {intent} in '{path}'."
         )
     field = np.asarray(image.dataobj, dtype=np.float64).reshape(*shape[:dims], dims)
-    grid = _grid_affine(image.affine, dims)
+    grid = itk_grid_affine(image.affine, dims)
     ddf = np.einsum("ij,...j->i...", np.linalg.inv(_voxel_to_lps(grid, dims)), field)
     return torch.from_numpy(ddf.astype(np.float32)), torch.from_numpy(grid)
 
@@ -269,8 +270,23 @@ def _to_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:
     return np.array(array, dtype=np.float64)
 
 
-def _grid_affine(affine: torch.Tensor | np.ndarray, dims: int) -> np.ndarray:
-    """Check the affine of a grid and return it as `(4, 4)` float64; the axis a 2D grid lacks is that of the world."""
+def itk_grid_affine(affine: torch.Tensor | np.ndarray, dims: int) -> np.ndarray:
+    """Check that ITK can place a grid in the world: its axes must be orthogonal, those of a 2D grid in the x-y plane.
+
+    Args:
+        affine: `(4, 4)` or `(D + 1, D + 1)`, voxel indices to RAS+ millimeters.
+        dims: D, 2 or 3.
+
+    Returns:
+        `(4, 4)`, float64; the axis a 2D grid lacks is that of the world.
+
+    Raises:
+        ValueError: if the affine has another shape, is not finite or singular, sheared, or leads out of the x-y plane.
+
+    Example:
+        >>> itk_grid_affine(2 * torch.eye(3), dims=2).diagonal().tolist()
+        [2.0, 2.0, 1.0, 1.0]
+    """
     given = _to_numpy(affine)
     grid = np.eye(4)
     if given.shape == (dims + 1, dims + 1):

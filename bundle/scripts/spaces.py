@@ -8,12 +8,117 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import nibabel as nib
 import numpy as np
 import torch
 
-__all__ = ["axis_order", "covering_grid", "origin_offset", "reordered", "reordered_affine", "same_axes"]
+__all__ = [
+    "apply_affine",
+    "axis_order",
+    "covering_grid",
+    "four_by_four",
+    "nearest_order",
+    "origin_offset",
+    "reordered",
+    "reordered_affine",
+    "same_axes",
+    "world_matrix",
+]
 
 _ROUNDING = 1e-6  # voxels by which a grid may miss a point because of rounding
+
+
+def world_matrix(affine: torch.Tensor | np.ndarray, dims: int) -> torch.Tensor:
+    """Return an affine as the smallest matrix that holds it.
+
+    Args:
+        affine: voxel indices, or millimeters, to RAS+ millimeters.
+        dims: D, the number of spatial axes.
+
+    Returns:
+        `(D + 1, D + 1)`, float64, a copy.
+
+    Raises:
+        ValueError: for an affine of another shape, with NaN or infinity, with a spacing of zero, or singular.
+
+    Example:
+        >>> world_matrix(torch.eye(4), dims=2).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    steps, origin = _steps_and_origin(affine, dims, "a grid")
+    matrix = torch.eye(dims + 1, dtype=torch.float64)
+    matrix[:dims, :dims], matrix[:dims, dims] = steps, origin
+    return matrix
+
+
+def four_by_four(affine: torch.Tensor) -> torch.Tensor:
+    """Return an affine in the form MONAI and nibabel use for images of any dimension.
+
+    Args:
+        affine: `(D + 1, D + 1)`, D from 1 to 3.
+
+    Returns:
+        `(4, 4)`, float64; the axes a smaller affine lacks are those of the world.
+
+    Example:
+        >>> four_by_four(torch.tensor([[2.0, 5.0], [0.0, 1.0]])).tolist()[0]
+        [2.0, 0.0, 0.0, 5.0]
+    """
+    dims = len(affine) - 1
+    full = torch.eye(4, dtype=torch.float64)
+    full[:dims, :dims], full[:dims, 3] = affine[:dims, :dims], affine[:dims, dims]
+    return full
+
+
+def apply_affine(affine: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Take points through an affine.
+
+    Args:
+        affine: `(D + 1, D + 1)`.
+        points: `(D, *any)`, in the affine's type.
+
+    Returns:
+        `(D, *any)`.
+
+    Example:
+        >>> apply_affine(torch.tensor([[2.0, 5.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]])).tolist()
+        [[5.0, 7.0]]
+    """
+    dims = len(points)
+    shift = affine[:dims, dims].reshape([-1] + [1] * (points.dim() - 1))
+    return torch.einsum("ij,j...->i...", affine[:dims, :dims], points) + shift
+
+
+def nearest_order(
+    affine: torch.Tensor | np.ndarray, target_affine: torch.Tensor | np.ndarray, dims: int
+) -> tuple[list[int], list[int]]:
+    """Return which axes of one array lie nearest to those of another, and whether they run the same way.
+
+    Args:
+        affine: voxel indices of the array at hand to RAS+ millimeters.
+        target_affine: voxel indices of the array wanted to RAS+ millimeters; its origin does not count.
+        dims: D, the number of spatial axes of both.
+
+    Returns:
+        As `axis_order`, which is for axes that agree: for each axis of the array wanted the axis at hand nearest to it,
+        no two the same; and 1, or -1 where that runs the other way.
+
+    Raises:
+        ValueError: for an affine that `same_axes` refuses.
+
+    Example:
+        >>> nearest_order(torch.tensor([[0.1, -1.0, 0.0], [1.0, 0.1, 0.0], [0.0, 0.0, 1.0]]), torch.eye(3), dims=2)
+        ([1, 0], [-1, 1])
+    """
+    steps, _ = _steps_and_origin(affine, dims, "the array at hand")
+    wanted, _ = _steps_and_origin(target_affine, dims, "the array wanted")
+    relative = np.eye(4)
+    relative[:dims, :dims] = torch.linalg.solve(wanted / wanted.norm(dim=0), steps / steps.norm(dim=0)).numpy()
+    found = nib.orientations.io_orientation(relative)[:dims].astype(
+        int
+    )  # per axis at hand: which one wanted, which way
+    axes = [found[:, 0].tolist().index(axis) for axis in range(dims)]
+    return axes, [int(found[axis, 1]) for axis in axes]
 
 
 def same_axes(

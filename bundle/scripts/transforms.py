@@ -76,12 +76,21 @@ class NormalizeContent(Transform):
             raise ValueError(f"NormalizeContent expects 0 <= lower < upper <= 100, got {lower} and {upper}.")
         self.lower, self.upper, self.background = lower, upper, background
 
-    def __call__(self, img: NdarrayOrTensor) -> torch.Tensor:
-        """Return the normalized image, float32, of the same shape `(C, *shape)`."""
+    def __call__(self, img: NdarrayOrTensor, content: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalize an image.
+
+        Args:
+            img: `(C, *shape)`.
+            content: `(*shape)` or `(1, *shape)`, boolean, what is content whatever its values; all that differs from
+                the background if left out.
+
+        Returns:
+            float32, of the shape of `img`.
+        """
         values = _plain(img).to(torch.float64)
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"NormalizeContent expects finite values, got NaN or infinity in {self._describe(img)}.")
-        content = (values != self.background).any(dim=0)
+        content = (values != self.background).any(dim=0) if content is None else content.reshape(values.shape[1:])
         if not bool(content.any()):
             raise ValueError(
                 f"NormalizeContent expects content, got nothing but background {self.background} "

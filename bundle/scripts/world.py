@@ -1,0 +1,419 @@
+"""Transforms between images on any grids: dense fields and affines, applied to images and points, chained, inverted.
+
+A *displacement field* is a `MetaTensor` `(D, *shape)`: a ddf in voxels of its own grid, placed in the world by its
+affine `A` (voxel index to RAS+ millimeters), so that it takes the world point `A(x)` to `A(x + ddf(x))`; between voxels
+it is interpolated linearly, outside its grid it continues as its border values. A *transform* is a list of steps in the
+order in which points pass through them, each an affine `(D + 1, D + 1)` on RAS+ millimeters or a displacement field.
+Transforms are named by the way points go: the image on a fixed grid is made by looking up `fixed_to_moving` of every
+fixed voxel.
+
+All positions are computed in float64. Where grids are large, the work is done slab by slab, so that memory stays that
+of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from .fields import identity_grid, warp
+from .spaces import apply_affine, four_by_four, world_matrix
+
+__all__ = [
+    "affine_inverse",
+    "as_field",
+    "best_affine",
+    "field_affine",
+    "index_displacement",
+    "invert_field",
+    "invert_transform",
+    "map_points",
+    "sample_transform",
+    "split_affine",
+    "warp_image",
+]
+
+_SLAB = 2**20  # voxels whose positions are in memory at a time
+_FIT_SAMPLES = 100_000  # voxels that determine an affine of 12 numbers more than well enough
+
+
+def as_field(ddf: torch.Tensor, affine: torch.Tensor | np.ndarray) -> MetaTensor:
+    """Place a ddf in the world.
+
+    Args:
+        ddf: `(D, *shape)`, voxels of its grid.
+        affine: voxel indices of that grid to RAS+ millimeters, `(4, 4)` or `(D + 1, D + 1)`.
+
+    Returns:
+        A displacement field, float32, with a `(4, 4)` float64 affine.
+
+    Raises:
+        ValueError: if the number of channels is not that of the axes, or for an affine that `spaces` refuses.
+
+    Example:
+        >>> as_field(torch.zeros(2, 4, 5), torch.eye(3)).affine.shape
+        torch.Size([4, 4])
+    """
+    dims = ddf.dim() - 1
+    if dims not in (2, 3) or ddf.shape[0] != dims:
+        raise ValueError(f"a displacement field has shape (D, *shape) with D = 2 or 3, got {list(ddf.shape)}.")
+    return MetaTensor(_values(ddf).float(), affine=four_by_four(world_matrix(affine, dims)))
+
+
+def field_affine(field: torch.Tensor) -> torch.Tensor:
+    """Return the affine of an image or displacement field, voxel index to RAS+ millimeters.
+
+    Args:
+        field: a `MetaTensor` `(C, *shape)`.
+
+    Returns:
+        `(D + 1, D + 1)`, float64.
+
+    Raises:
+        ValueError: if the tensor has no affine, or one that `spaces` refuses.
+    """
+    if not isinstance(field, MetaTensor):
+        raise ValueError(f"expected a MetaTensor, whose affine places it in the world, got {type(field).__name__}.")
+    return world_matrix(field.affine, field.dim() - 1)
+
+
+def map_points(points_mm: torch.Tensor, transform: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Take points through a transform.
+
+    Args:
+        points_mm: `(N, D)`, RAS+ millimeters.
+        transform: the steps, first to last.
+
+    Returns:
+        `(N, D)`, float64, RAS+ millimeters.
+
+    Raises:
+        ValueError: if a step has another number of axes than the points.
+
+    Example:
+        >>> shift = torch.tensor([[1.0, 0.0, 5.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> map_points(torch.zeros(1, 2), [shift, shift]).tolist()
+        [[10.0, 0.0]]
+    """
+    points = _values(points_mm).to(torch.float64)
+    spread = points.T.reshape([points.shape[1], -1] + [1] * (points.shape[1] - 1))
+    return _move(spread, _prepared(transform, points.shape[1])).flatten(1).T
+
+
+def sample_transform(
+    transform: Sequence[torch.Tensor], affine: torch.Tensor | np.ndarray, shape: Sequence[int]
+) -> MetaTensor:
+    """Evaluate a transform at every voxel of a grid, which chains all its steps into one field.
+
+    Args:
+        transform: the steps, first to last.
+        affine: voxel indices of the grid to RAS+ millimeters.
+        shape: voxels along each of its D axes.
+
+    Returns:
+        The displacement field `(D, *shape)` on that grid.
+
+    Raises:
+        ValueError: if a step has another number of axes.
+
+    Example:
+        >>> shift = torch.tensor([[1.0, 0.0, 5.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> sample_transform([shift], torch.diag(torch.tensor([2.0, 2.0, 1.0])), (3, 4))[:, 0, 0].tolist()
+        [2.5, 0.0]
+    """
+    dims = len(shape)
+    grid = world_matrix(affine, dims)
+    steps = _prepared(transform, dims)
+    ddf = torch.empty([dims, *shape], dtype=torch.float32)
+    for rows, index in _slabs(shape):
+        mapped = apply_affine(torch.linalg.inv(grid), _move(apply_affine(grid, index), steps))
+        ddf[:, rows] = (mapped - index).float()
+    return as_field(ddf, grid)
+
+
+def warp_image(image: torch.Tensor, field: torch.Tensor, mode: str = "linear", background: float = 0.0) -> MetaTensor:
+    """Bring an image through a displacement field onto its grid: `moved(x) = image(fixed_to_moving(x))`.
+
+    Args:
+        image: `(C, *shape)`, a `MetaTensor` on any grid; integer images need `mode="nearest"` and keep their values up
+            to 2^53.
+        field: a displacement field `(D, *fixed shape)`, from points of its grid to points of the image.
+        mode: "linear" or "nearest" interpolation.
+        background: the value outside the image, and between its outermost voxels and one voxel further, where the
+            image fades into it.
+
+    Returns:
+        `(C, *fixed shape)` in the image's type, with the affine of the field.
+
+    Raises:
+        ValueError: if image or field has no affine, if their numbers of axes differ, or if integers are to be blended.
+
+    Example:
+        >>> image = MetaTensor(torch.tensor([[[1.0, 2.0, 3.0]]]), affine=torch.eye(4))
+        >>> warp_image(image, as_field(torch.stack([torch.zeros(1, 2), torch.ones(1, 2)]), torch.eye(4))).tolist()
+        [[[2.0, 3.0]]]
+    """
+    dims = field.dim() - 1
+    if image.dim() != field.dim() or field.shape[0] != dims:
+        raise ValueError(
+            f"warp_image expects an image (C, *shape) and a field (D, *shape) of as many axes, got "
+            f"{list(image.shape)} and {list(field.shape)}."
+        )
+    to_image = torch.linalg.inv(field_affine(image)) @ field_affine(field)
+    if mode == "linear" and not image.is_floating_point():
+        raise ValueError(f"warp_image expects a floating point image for mode 'linear', got {image.dtype}.")
+    ddf, values = _values(field), _values(image).to(torch.float64) - background  # the sampler knows zeros outside alone
+    moved = torch.empty([values.shape[0], *field.shape[1:]], dtype=image.dtype)
+    for rows, index in _slabs(field.shape[1:]):
+        position = apply_affine(to_image, index + ddf[:, rows].to(torch.float64))
+        moved[:, rows] = (_sample(values, position, mode, "zeros") + background).to(image.dtype)
+    return MetaTensor(moved, affine=four_by_four(field_affine(field)))
+
+
+def best_affine(field: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Fit an affine to a displacement field by least squares over its voxels.
+
+    Where the voxels do not determine it (a single slice, a single voxel), the affine is the one closest to a
+    translation.
+
+    Args:
+        field: a displacement field `(D, *shape)`.
+        mask: `(*shape)` or `(1, *shape)`, boolean, the voxels that count; all of them if left out or if none is true.
+
+    Returns:
+        `(D + 1, D + 1)`, float64, on RAS+ millimeters.
+
+    Raises:
+        ValueError: if the field has no affine, or the mask another shape.
+
+    Example:
+        >>> grid = identity_grid([4, 5])[0]
+        >>> best_affine(as_field(0.5 * grid + 3.0, torch.eye(3))).round(decimals=6).tolist()
+        [[1.5, 0.0, 3.0], [0.0, 1.5, 3.0], [0.0, 0.0, 1.0]]
+    """
+    dims = field.dim() - 1
+    if mask is not None and mask.numel() != field[0].numel():
+        raise ValueError(f"best_affine expects a mask of shape {list(field.shape[1:])}, got {list(mask.shape)}.")
+    chosen = torch.arange(field[0].numel()) if mask is None else _values(mask).flatten().nonzero()[:, 0]
+    chosen = chosen if len(chosen) else torch.arange(field[0].numel())
+    chosen = chosen[:: -(-len(chosen) // _FIT_SAMPLES)]
+    grid = field_affine(field)
+    index = torch.stack(torch.unravel_index(chosen, field.shape[1:])).to(torch.float64)
+    displacement = _values(field).flatten(1)[:, chosen].to(torch.float64)
+    points, shift = apply_affine(grid, index), grid[:dims, :dims] @ displacement
+    center, mean = points.mean(dim=1, keepdim=True), shift.mean(dim=1, keepdim=True)
+    slope = (torch.linalg.pinv((points - center).T, rtol=1e-9) @ (shift - mean).T).T
+    affine = torch.eye(dims + 1, dtype=torch.float64)
+    affine[:dims, :dims] += slope
+    affine[:dims, dims:] = mean - slope @ center
+    return affine
+
+
+def split_affine(field: torch.Tensor, affine: torch.Tensor) -> list[torch.Tensor]:
+    """Split a displacement field into what an affine does not explain, and that affine.
+
+    Args:
+        field: a displacement field `(D, *shape)`.
+        affine: `(D + 1, D + 1)`, RAS+ millimeters, such as its `best_affine`.
+
+    Returns:
+        Two steps, a displacement field and then the affine, that take points where the field does.
+
+    Raises:
+        ValueError: if the affine has no inverse.
+
+    Example:
+        >>> rest, affine = split_affine(as_field(torch.ones(2, 4, 4), torch.eye(3)), torch.eye(3))
+        >>> rest.unique().tolist(), affine.shape
+        ([1.0], torch.Size([3, 3]))
+    """
+    rest = sample_transform([field, affine_inverse(affine)], field_affine(field), field.shape[1:])
+    return [rest, affine.to(torch.float64)]
+
+
+def index_displacement(field: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Count a displacement field in voxels of the array it looks up: the ddf that `equireg.fields.warp` takes.
+
+    Args:
+        field: a displacement field `(D, *fixed shape)`, from points of its grid to points of the image.
+        image: `(C, *moving shape)`, a `MetaTensor`; only its affine counts.
+
+    Returns:
+        `(D, *fixed shape)`, float32, voxels: index of the image minus index of the field.
+
+    Raises:
+        ValueError: if field or image has no affine, or they differ in their numbers of axes.
+
+    Example:
+        >>> image = MetaTensor(torch.zeros(1, 4, 4), affine=torch.diag(torch.tensor([1.0, 0.5, 1.0, 1.0])))
+        >>> index_displacement(as_field(torch.ones(2, 2, 2), torch.eye(3)), image)[:, 1, 1].tolist()
+        [1.0, 3.0]
+    """
+    to_image = torch.linalg.inv(field_affine(image)) @ field_affine(field)
+    index = identity_grid(list(field.shape[1:]), torch.float64)[0]
+    return (apply_affine(to_image, index + _values(field).double()) - index).float()
+
+
+def affine_inverse(affine: torch.Tensor) -> torch.Tensor:
+    """Return the affine that undoes an affine.
+
+    Args:
+        affine: `(D + 1, D + 1)`, RAS+ millimeters.
+
+    Returns:
+        `(D + 1, D + 1)`, float64.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> affine_inverse(torch.diag(torch.tensor([2.0, 4.0, 1.0]))).diagonal().tolist()
+        [0.5, 0.25, 1.0]
+    """
+    return torch.linalg.inv(world_matrix(affine, affine.shape[0] - 1))
+
+
+def invert_field(
+    field: torch.Tensor,
+    affine: torch.Tensor | np.ndarray,
+    shape: Sequence[int],
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+) -> MetaTensor:
+    """Invert a displacement field on another grid.
+
+    The best-fitting affine is inverted exactly, and the rest, `r`, by the fixed-point iteration `z = z0 - r(z)`, which
+    converges where neighboring points change their distance by less than itself. Turning and scaling an image thus
+    costs nothing; where the field folds there is no inverse, and the iterate that misses least stands. What no point of
+    the field's grid reaches is sent where the affine and the rest at the border of the grid would take it back.
+
+    Reference: Chen et al., "A simple fixed-point approach to invert a deformation field", Medical Physics 35(1), 2008,
+    https://doi.org/10.1118/1.2816107.
+
+    Args:
+        field: a displacement field `(D, *shape)`, from fixed to moving points.
+        affine: voxel indices of the moving grid, on which the inverse lives, to RAS+ millimeters.
+        shape: voxels along each of its axes.
+        iterations: at most so many.
+        tolerance: voxels of the field by which points may miss when the iteration ends early.
+
+    Returns:
+        The displacement field `(D, *shape)` from moving to fixed points.
+
+    Raises:
+        ValueError: if a field or affine is none, or if the best-fitting affine has no inverse.
+
+    Example:
+        >>> inverse = invert_field(as_field(torch.full((2, 4, 4), 1.5), torch.eye(3)), torch.eye(3), (2, 2))
+        >>> inverse.unique().tolist()
+        [-1.5]
+    """
+    dims = len(shape)
+    fixed, moving = field_affine(field), world_matrix(affine, dims)
+    fit = best_affine(field)
+    if not torch.linalg.det(fit[:dims, :dims]).abs() > 1e-6:
+        raise ValueError("the field sends all of its grid onto a plane, a line or a point: it has no inverse.")
+    undo = torch.linalg.inv(fit @ fixed)  # moving points to fixed indices, were the field its affine part alone
+    rest = torch.empty(field.shape, dtype=torch.float64)
+    for rows, index in _slabs(field.shape[1:]):
+        rest[:, rows] = apply_affine(undo @ fixed, index + _values(field)[:, rows].to(torch.float64)) - index
+    ddf = torch.empty([dims, *shape], dtype=torch.float32)
+    for rows, index in _slabs(shape):
+        goal = apply_affine(undo @ moving, index)
+        found = _fixed_point(rest, goal, iterations, tolerance)
+        ddf[:, rows] = (apply_affine(torch.linalg.inv(moving) @ fixed, found) - index).float()
+    return as_field(ddf, moving)
+
+
+def invert_transform(
+    transform: Sequence[torch.Tensor], affine: torch.Tensor | np.ndarray, shape: Sequence[int]
+) -> list[torch.Tensor]:
+    """Invert a transform: affines exactly, all else as one field on a grid.
+
+    Args:
+        transform: the steps, first to last.
+        affine: voxel indices of the grid where the inverse starts, that of the moving image, to RAS+ millimeters.
+        shape: voxels along each of its axes.
+
+    Returns:
+        One step: an affine if all steps are affines, else a displacement field on that grid.
+
+    Raises:
+        ValueError: if there is no step, or no inverse.
+
+    Example:
+        >>> double = torch.diag(torch.tensor([2.0, 2.0, 1.0]))
+        >>> invert_transform([double, double], torch.eye(3), (4, 4))[0].diagonal().tolist()
+        [0.25, 0.25, 1.0]
+    """
+    dims = len(shape)
+    before = torch.eye(dims + 1, dtype=torch.float64)
+    for step in transform:
+        if step.dim() == 2:
+            before = world_matrix(step, dims) @ before
+        else:
+            # The grid of the first field, seen from where the transform starts, is where the whole of it is known.
+            grid = torch.linalg.inv(before) @ field_affine(step)
+            return [invert_field(sample_transform(transform, grid, step.shape[1:]), affine, shape)]
+    return [affine_inverse(before)]
+
+
+def _fixed_point(rest: torch.Tensor, goal: torch.Tensor, iterations: int, tolerance: float) -> torch.Tensor:
+    """Solve `z + rest(z) = goal` for indices `(D, *slab)`, keeping for each the `z` that misses least."""
+    at = goal
+    best, least = at, torch.full(goal.shape[1:], torch.inf, dtype=goal.dtype)
+    for _ in range(iterations):
+        miss = at + _sample(rest, at, "linear", "border") - goal
+        size = miss.norm(dim=0)
+        best, least = torch.where(size < least, at, best), torch.minimum(size, least)
+        if least.max() < tolerance:
+            break
+        at = at - miss
+    return best
+
+
+def _prepared(transform: Sequence[torch.Tensor], dims: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return each step as its affine and, for a field, its values in float64."""
+    steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for step in transform:
+        is_affine = step.dim() == 2 and not isinstance(step, MetaTensor)
+        if (step.shape[0] - 1 if is_affine else step.dim() - 1) != dims or not (is_affine or step.shape[0] == dims):
+            raise ValueError(f"expected a transform of {dims}D points, got a step of shape {list(step.shape)}.")
+        steps.append((world_matrix(step, dims), None) if is_affine else (field_affine(step), _values(step).double()))
+    return steps
+
+
+def _move(points: torch.Tensor, steps: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
+    """Take points `(D, *any)`, RAS+ millimeters, through prepared steps."""
+    dims = points.shape[0]
+    for affine, ddf in steps:
+        if ddf is None:
+            points = apply_affine(affine, points)
+        else:
+            displacement = _sample(ddf, apply_affine(torch.linalg.inv(affine), points), "linear", "border")
+            points = points + torch.einsum("ij,j...->i...", affine[:dims, :dims], displacement)
+    return points
+
+
+def _sample(values: torch.Tensor, position: torch.Tensor, mode: str, padding: str) -> torch.Tensor:
+    """Read values `(C, *shape)` at indices `(D, *any shape of D axes)`."""
+    ddf = position - identity_grid(list(position.shape[1:]), position.dtype)[0]
+    return warp(values.unsqueeze(0), ddf.unsqueeze(0), mode=mode, padding=padding)[0]
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Cut a grid across its first axis; yield the rows of each slab and the indices of its voxels, float64."""
+    rows = max(1, _SLAB // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        index = identity_grid([stop - start, *shape[1:]], torch.float64)[0]
+        index[0] += start
+        yield slice(start, stop), index
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values alone, on the CPU."""
+    return (tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor).detach().cpu()
