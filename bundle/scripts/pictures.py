@@ -1,5 +1,8 @@
 """Pictures by which a person judges a registration in two seconds.
 
+`quality_figure` shows two images wherever in the world their grids lie, in millimeters; `registration_figure` shows
+tensors as a network sees them, in voxels.
+
 Pictures need matplotlib, which is imported when the first one is made. They are drawn off screen by an object of their
 own each: no display is needed, and the state of `matplotlib.pyplot` is neither used nor changed.
 """
@@ -11,22 +14,23 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from ._panels import DPI, draw_folds, draw_grid, empty_figure, overlay, percent, show
+from ._quality import quality_figure
 from .fields import identity_grid, jacobian_determinant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["registration_figure", "save_figure"]
+__all__ = ["quality_figure", "registration_figure", "save_figure"]
 
 _HEIGHT, _GAP = 3.2, 0.1  # of a panel and between panels, inches
 _LINES = 20  # of the grid, along the longer side of its panel
-_GRID_COLOR, _FOLD_COLOR = "#56b4e9", "#ff2d2d"  # light blue and red differ for every kind of color vision
 _CAPTION = "Overlays: moving magenta, fixed green, gray to white where they agree. Red cells of the grid fold."
 
 # What a panel shows, in voxel indices: the lowest and highest index along its horizontal and its vertical axis.
@@ -112,15 +116,19 @@ def registration_figure(
     near = _window(seen[1] | seen[2])
     windows = [_window(seen[0]), near, _window(either), near, near]
     axes, figure = _panels(windows, aspect)
-    _show(axes[0], source, "moving", plane.name(moving, plane.moving_slice))
-    _show(axes[1], target, "fixed", plane.name(fixed, plane.fixed_slice))
-    before = _overlay(_on_canvas(source, canvas), _on_canvas(target, canvas))
-    _show(axes[2], before, "before", "moving and fixed")
-    _show(axes[3], _overlay(result, target), "after", "moved and fixed")
+    show(axes[0], source, f"moving\n{plane.name(moving, plane.moving_slice)}")
+    show(axes[1], target, f"fixed\n{plane.name(fixed, plane.fixed_slice)}")
+    before = overlay(_on_canvas(source, canvas), _on_canvas(target, canvas))
+    show(axes[2], before, "before\nmoving and fixed")
+    show(axes[3], overlay(result, target), "after\nmoved and fixed")
     shift = ", ".join(f"{value:.1f}" for value in mean.tolist())
-    _show(axes[4], 0.6 * result, f"deformed grid, folding {_percent(cells)}", f"mean shift ({shift}) removed")
-    _draw_grid(axes[4], coordinates, near)
-    _draw_folds(axes[4], folds, 72 * _HEIGHT / (near[1][1] - near[1][0] + 1) / max(1, aspect))
+    folding = percent(cells.double().mean().item())
+    show(axes[4], 0.6 * result, f"deformed grid, folding {folding}\nmean shift ({shift}) removed")
+    positions = [np.arange(size) for size in coordinates[0].shape]
+    step = max(1, round(max(high - low for low, high in near) / _LINES))
+    draw_grid(axes[4], coordinates, positions, near, step)
+    smallest = 2 / 72 * max(1, aspect) * (near[1][1] - near[1][0] + 1) / _HEIGHT  # two points, in voxels
+    draw_folds(axes[4], folds, (0, 0), (1, 1), smallest)
     for panel, ((left, right), (low, high)) in zip(axes, windows):
         panel.set(xlim=(left - 0.5, right + 0.5), ylim=(low - 0.5, high + 0.5), aspect=aspect)
     figure.text(0.5, 0.12 / figure.get_figheight(), _CAPTION, ha="center", fontsize=9)
@@ -131,7 +139,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure to a file that appears only when complete.
 
     Args:
-        figure: what `registration_figure` returned.
+        figure: what `quality_figure` or `registration_figure` returned.
         path: file to write, in a folder that exists; its ending says the format, such as `.png`, `.pdf` or `.svg`.
 
     Returns:
@@ -151,7 +159,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
         )
     temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
-        figure.savefig(temporary, format=kind, dpi=150)
+        figure.savefig(temporary, format=kind, dpi=DPI)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -222,73 +230,22 @@ def _on_canvas(image: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.pad(image, [(0, size - have) for size, have in zip(shape, image.shape)])
 
 
-def _overlay(moving: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Return colors `(*shape, 3)`: moving in magenta, fixed in green."""
-    return np.stack([moving, fixed, moving], axis=-1)
-
-
-def _percent(cells: torch.Tensor) -> str:
-    """Return the share of true cells, never rounded to none or to all."""
-    share = 100 * cells.double().mean().item()
-    if 0 < share < 0.01:
-        return "<0.01 %"
-    return f"{share:.2f} %" if share < 99.995 or share == 100 else ">99.99 %"
-
-
 def _folds_beside(cells: np.ndarray, plane: _Plane) -> np.ndarray:
-    """Return the centers `(N, 2)` of folded cells of the layers that touch a slice, in voxel indices."""
+    """Return which cells of the layers that touch a slice fold, 2D."""
     if plane.through is None:
-        return np.argwhere(cells) + 0.5
+        return cells
     last = cells.shape[plane.through] - 1
     layers = [min(max(plane.fixed_slice - 1, 0), last), min(plane.fixed_slice, last)]
-    return np.argwhere(np.logical_or(*(cells.take(layer, axis=plane.through) for layer in layers))) + 0.5
+    return np.logical_or(*(cells.take(layer, axis=plane.through) for layer in layers))
 
 
 def _panels(windows: Sequence[_Window], aspect: float) -> tuple[list[Axes], Figure]:
     """Make a row of empty panels, each as wide as its window demands."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install matplotlib, or 'equireg[pictures]'.") from error
     ratios = [(x[1] - x[0] + 1) / (aspect * (y[1] - y[0] + 1)) for x, y in windows]
     widths = [_HEIGHT * min(max(ratio, 0.8), 2.5) for ratio in ratios]
     # Inches from the left and from below: titles need half an inch, the caption a third.
     width, height = sum(widths) + _GAP * (len(widths) + 1), _HEIGHT + 0.85
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(width, height)
     lefts = [sum(widths[:k]) + _GAP * (k + 1) for k in range(len(widths))]
     boxes = [(left / width, 0.35 / height, size / width, _HEIGHT / height) for left, size in zip(lefts, widths)]
     return [figure.add_axes(box) for box in boxes], figure
-
-
-def _show(panel: Axes, image: np.ndarray, title: str, detail: str) -> None:
-    """Show a gray `(X, Y)` or color `(X, Y, 3)` image, X to the right and Y upwards."""
-    options: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1} if image.ndim == 2 else {}
-    panel.imshow(np.swapaxes(image, 0, 1), origin="lower", **options)
-    panel.set(xticks=[], yticks=[], facecolor="black")
-    panel.spines[:].set_visible(False)
-    panel.set_title(f"{title}\n{detail}", fontsize=9)
-
-
-def _draw_grid(panel: Axes, coordinates: Sequence[np.ndarray], window: _Window) -> None:
-    """Draw the lines on which a coordinate is a multiple of the spacing of lines, in voxels."""
-    step = max(1, round(max(high - low for low, high in window) / _LINES))
-    if min(coordinates[0].shape) < 2:
-        return
-    for coordinate, (low, high) in zip(coordinates, window):
-        # Lines from further than the window is wide are left out: a wild ddf would draw thousands.
-        reach = high - low + 1
-        levels = step * np.arange(np.floor((low - reach) / step), np.ceil((high + reach) / step))
-        levels = levels[(levels > coordinate.min()) & (levels < coordinate.max())]
-        if levels.size:
-            panel.contour(coordinate.T, levels=levels, colors=_GRID_COLOR, linewidths=0.7)
-
-
-def _draw_folds(panel: Axes, centers: np.ndarray, size: float) -> None:
-    """Mark folded cells by squares as large as a cell, `size` points, but large enough to be seen."""
-    if len(centers):
-        area = max(1.1 * size, 2.0) ** 2  # a little more than a cell, lest rounding leave gaps
-        panel.scatter(
-            centers[:, 0], centers[:, 1], s=area, c=_FOLD_COLOR, marker="s", linewidths=0, zorder=3, gid="folds"
-        )
