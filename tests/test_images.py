@@ -336,6 +336,34 @@ def test_unit_that_nifti_does_not_know_counts_as_millimeters(tmp_path: Path) -> 
     assert torch.equal(read_image(path).affine, torch.eye(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("shape", [(5, 7, 6), (5, 7)])
+@pytest.mark.parametrize("sform, qform", [(0, 0), (1, 0), (0, 1), (2, 4)])
+def test_nifti_that_says_nowhere_where_it_lies_is_marked(
+    sform: int, qform: int, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    affine = np.diag([2.0, 3.0, 4.0, 1.0][: len(shape)] + [1.0] * (4 - len(shape)))
+    path = nifti(tmp_path / "image.nii.gz", values_of(shape, np.uint8), affine, sform_code=sform, qform_code=qform)
+    image, unplaced = read_image(path), sform == qform == 0
+    for found in (image, read_image(nib.load(path)), read_image(image), read_label(path), read_mask(path)):
+        assert found.meta.get("unplaced") is (True if unplaced else None)
+        assert np.array_equal(found.affine, nib.load(path).affine) and np.array_equal(found.affine, image.affine)
+    # The mark is for files that programs place differently, and for no other.
+    assert (gap(image.affine.numpy(), simpleitk(path)[1], shape) > 1) == unplaced
+    if unplaced:
+        center = image.affine.numpy()[: len(shape)] @ [*(np.array(shape) - 1) / 2, *[0] * (3 - len(shape)), 1]
+        assert center.tolist() == [0] * len(shape) and image.affine[1, 1] == 3
+        assert simpleitk(path)[1][: len(shape), -1].tolist() == [0] * len(shape) and simpleitk(path)[1][1, 1] == -3
+    for other in (write_image(image, tmp_path / f"placed{suffix}") for suffix in SUFFIXES):
+        assert "unplaced" not in read_image(other).meta
+
+
+def test_sources_with_an_affine_are_not_marked_as_unplaced() -> None:
+    image = nib.Nifti1Image(values_of((3, 4, 5)), None)  # neither code is set
+    assert read_image(image).meta["unplaced"] is True
+    for source in sources("oblique").values():
+        assert "unplaced" not in read_image(source).meta
+
+
 # ---- sources that are no files ----
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import inf, nan
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers_networks import SMALL, content, moved_field, place, randomized, vec
 from equireg.fields import warp
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, PairNetwork
+from equireg.optimization import FieldOptimization, NetworkOptimization
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}  # voxels
 SIZES = {2: ((9, 11), (10, 8)), 3: ((7, 9, 8), (8, 7, 7))}  # of moving and fixed content
@@ -86,6 +88,107 @@ def test_contents_alone_decide_and_no_canvas_is_needed() -> None:
         bare = infer(moving, net, fixed=fixed)
         wide = infer(place(moving, (40, 37), (11, 20)), net, fixed=fixed)
     assert (wide[:, :2] - bare[:, :2] - vector((11, 20), bare)).abs().max() < 1e-8
+
+
+# ---- optimization
+
+
+@pytest.mark.parametrize(
+    ("dims", "before", "after"), [(dims, *case) for dims, cases in MOVES.items() for case in cases[:2]]
+)
+def test_optimized_answers_follow_whole_voxel_moves_too(dims: int, before: tuple, after: tuple) -> None:
+    net, infer = network(dims), RegistrationInferer(optimization=FieldOptimization(steps=3))
+    moving, fixed = images(dims)
+    by_moving, by_fixed = ([n - o for n, o in zip(after[k], before[k])] for k in (0, 1))
+    weight = content(*SIZES[dims][1], seed=9)
+    fields = []
+    for canvas, (moving_at, fixed_at) in ((OLD[dims], before), (NEW[dims], after)):
+        counted, target = place(weight, canvas, fixed_at), place(fixed, canvas, fixed_at)
+        fields.append(infer(place(moving, canvas, moving_at), net, fixed=target, weight=counted)[:, :dims])
+    old, new = fields
+    alone = RegistrationInferer()(place(moving, OLD[dims], before[0]), net, fixed=place(fixed, OLD[dims], before[1]))
+    assert (old - alone[:, :dims]).abs().max() > 0.1  # it does something
+    expected = moved_field(old, NEW[dims], by_fixed) + vector(by_moving, old) - vector(by_fixed, old)
+    known = torch.zeros(NEW[dims], dtype=torch.bool)
+    known[tuple(slice(max(s, 0), s + size) for s, size in zip(by_fixed, OLD[dims]))] = True
+    assert (new - expected).abs()[..., known].max() < 1e-4
+
+
+def test_the_network_optimized_follows_moves() -> None:
+    net, infer = network(2), RegistrationInferer(optimization=NetworkOptimization(steps=2, learning_rate=1e-3))
+    moving, fixed = images(2)
+    with torch.no_grad():
+        old = infer(moving, net, fixed=fixed)
+        new = infer(place(moving, (31, 30), (8, 11)), net, fixed=fixed)
+        alone = RegistrationInferer()(moving, net, fixed=fixed)
+    assert (new[:, :2] - old[:, :2] - vector((8, 11), old)).abs().max() < 1e-4
+    assert (alone - old).abs().max() > 1e-3
+    assert torch.equal(old[:, 2:], warp(moving, old[:, :2], padding="zeros"))  # moved by the field that was optimized
+
+
+def test_optimization_gets_crops_the_network_of_two_images_and_the_answer() -> None:
+    net, (moving, fixed) = network(2), images(2)
+    weight = content(*fixed.shape[2:], seed=4)
+    seen = []
+
+    def record(*arguments: torch.Tensor) -> torch.Tensor:
+        seen.append(arguments)
+        return arguments[3] + 1.0
+
+    canvas, target = place(moving, (30, 32), (7, 9)), place(fixed, (28, 20), (8, 6))
+    infer = RegistrationInferer(2, record)
+    with torch.no_grad():
+        alone = RegistrationInferer(2)(canvas, net, fixed=target)
+        pred = infer(canvas, net, fixed=target, weight=place(weight, (28, 20), (8, 6)))
+        infer(canvas, net, fixed=target)
+    inner, moving_crop, fixed_crop, ddf, weight_crop = seen[0]
+    assert inner is net.net and seen[1][4] is None
+    assert torch.equal(moving_crop, torch.nn.functional.pad(moving, [2] * 4))
+    assert torch.equal(fixed_crop, torch.nn.functional.pad(fixed, [2] * 4))
+    assert torch.equal(weight_crop, torch.nn.functional.pad(weight, [2] * 4))
+    offset = vector((7 - 8, 9 - 6), ddf)
+    assert torch.equal(ddf + offset, alone[:, :2, 6 : 6 + 14, 4 : 4 + 12])
+    assert (pred[:, :2] - alone[:, :2] - 1.0).abs().max() < 1e-6
+
+
+def test_optimization_of_a_network_of_stacked_pairs() -> None:
+    """One that is no `PairNetwork`, here a scripted one, takes both images padded to one shape."""
+    net, (moving, fixed) = network(2), images(2)
+    scripted = torch.jit.script(net)
+    seen = []
+
+    def record(inner: Any, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, weight: None) -> torch.Tensor:
+        seen.append((inner(moving, fixed), ddf))
+        return ddf
+
+    RegistrationInferer(optimization=record)(moving, scripted, fixed=fixed)
+    assert torch.equal(*seen[0])
+    optimize = NetworkOptimization(steps=2, learning_rate=1e-3)
+    pred = RegistrationInferer(optimization=optimize)(moving, scripted, fixed=fixed)
+    assert (pred - RegistrationInferer()(moving, scripted, fixed=fixed)).abs().max() > 1e-3
+
+    def constant(pair: torch.Tensor, by: float) -> torch.Tensor:
+        return torch.full((1, 3, *pair.shape[2:]), by)
+
+    RegistrationInferer(optimization=record)(moving, constant, 2.0, fixed=fixed)
+    assert seen[1][0].unique().tolist() == [2.0] and torch.equal(*seen[1])
+
+
+def test_optimization_of_a_batch_and_under_inference_mode() -> None:
+    net, infer = network(2), RegistrationInferer(optimization=FieldOptimization(steps=2))
+    pairs = torch.cat([torch.cat([place(i, (20, 20), (3, 4)) for i in images(2, seed=s)], 1) for s in (0, 5)])
+    weight = content(20, 20, batch=2)
+    with torch.inference_mode():
+        together = infer(pairs.clone(), net, weight=weight)
+    apart = torch.cat([infer(pairs[k : k + 1], net, weight=weight[k : k + 1]) for k in (0, 1)])
+    assert (together - apart).abs().max() < 1e-5
+    assert (together - infer(pairs, net)).abs().max() > 1e-3  # the weight matters
+
+
+@pytest.mark.parametrize("weight", [torch.ones(1, 1, 8, 9), torch.zeros(1, 1, 8, 8), torch.ones(1, 2, 8, 8)])
+def test_a_weight_that_does_not_fit_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="RegistrationInferer expects weight"):
+        RegistrationInferer()(content(8, 8, channels=2), network(2), weight=weight)
 
 
 # ---- how it is called

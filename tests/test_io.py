@@ -13,8 +13,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 
 from equireg import fields
-from equireg.io import NamePaird, SaveTransformd, read_displacement_field, write_displacement_field
+from equireg.io import SaveTransformd, read_displacement_field, write_displacement_field
 from equireg.lists import result_name
+from equireg.transforms import WarpImaged
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -241,8 +242,11 @@ def test_transform_falls_back_on_the_field_itself(tmp_path: Path) -> None:
 def test_transform_names_pairs_and_several_keys_apart(tmp_path: Path) -> None:
     data = {"fixed": scan("f.mha", np.eye(4)), "moving": scan("m.nii", np.eye(4)), "a": GOOD, "b": GOOD}
     data["fixed"] = scan("f.mha", np.eye(4), (4, 4, 4))
-    SaveTransformd(["a", "b", "absent"], tmp_path, name_keys=["moving", "fixed"], allow_missing_keys=True)(data)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m_to_f_ddf_a.nii.gz", "m_to_f_ddf_b.nii.gz"]
+    options = {"name_keys": ["moving", "fixed"], "allow_missing_keys": True}
+    SaveTransformd(["a", "b", "absent"], tmp_path, **options)(data)
+    SaveTransformd(["a", "b"], tmp_path, output_postfix="u", **options)(data)
+    names = ["m_to_f_a.nii.gz", "m_to_f_b.nii.gz", "m_to_f_u_a.nii.gz", "m_to_f_u_b.nii.gz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,9 @@ def test_one_rule_names_images_fields_and_lists(file: str | list[str], tmp_path:
     data = {"moving": scan("m.mha", np.eye(4)), "fixed": scan("f.nii", np.eye(4), (4, 4, 4)), "ddf": GOOD}
     data["moving"].meta["filename_or_obj"] = file
     expected = result_name([file, "f.nii"])
-    named = NamePaird("fixed")(data)["fixed"].meta["filename_or_obj"]
+    data["u"] = MetaTensor(GOOD, affine=np.eye(4))
+    warped = WarpImaged("fixed", field_key="u", name_keys=["moving", "fixed"])(data)["moved"]
+    named = warped.meta["filename_or_obj"]
     field = Path(SaveTransformd("ddf", tmp_path, name_keys=["moving", "fixed"])(data)["ddf_path"]).name
     assert (named, field) == (f"{expected}.nii.gz", f"{expected}_ddf.nii.gz")
 
@@ -277,6 +283,7 @@ def test_one_rule_names_images_fields_and_lists(file: str | list[str], tmp_path:
 def test_images_without_a_file_name_are_refused(file: object, tmp_path: Path) -> None:
     data = {"moving": scan("m.mha", np.eye(4)), "fixed": scan("f.nii", np.eye(4), (4, 4, 4)), "ddf": GOOD}
     data["moving"].meta["filename_or_obj"] = file
-    for user in (NamePaird("fixed"), SaveTransformd("ddf", tmp_path, name_keys=["moving", "fixed"])):
-        with pytest.raises(ValueError, match=f"{type(user).__name__} expects images that carry 'filename_or_obj'"):
-            user(data)
+    with pytest.raises(ValueError, match="SaveTransformd expects images that carry 'filename_or_obj'"):
+        SaveTransformd("ddf", tmp_path, name_keys=["moving", "fixed"])(data)
+    with pytest.raises(ValueError, match="expected the path of a file"):
+        WarpImaged("fixed", field_key="u", name_keys=["moving", "fixed"])({**data, "u": MetaTensor(GOOD)})

@@ -97,6 +97,40 @@ def test_local_correlation_in_half_precision_and_autocast(dtype):
         assert LocalCorrelationLoss()(a.float(), b.float()).item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_local_correlation_counts_where_the_weight_says(shape, squared):
+    a, b = random(2, 3, *shape, dtype=torch.float64), random(2, 3, *shape, seed=1, dtype=torch.float64)
+    loss, weight = LocalCorrelationLoss(2.0, squared), random(2, 1, *shape, seed=2, dtype=torch.float64)
+    # The map of correlations, one voxel at a time: a weight of 1 there and 0 elsewhere.
+    voxels = torch.eye(weight[0].numel(), dtype=torch.float64)[:: 2 if len(shape) == 1 else 37]
+    voxels = voxels.reshape(-1, 1, 1, *shape).expand(-1, 2, 1, *shape)
+    picked = sum(voxels)
+    each = np.array([loss(a, b, voxel).item() for voxel in voxels])
+    assert each.std() > 0.01 and loss(a, b, picked).item() == pytest.approx(each.mean(), abs=1e-12)
+    # Linear in the weight, which samples and channels share.
+    parts = [loss(a, b, w * weight) * (w * weight).sum() for w in (picked, 1 - picked)]
+    assert loss(a, b, weight).item() == pytest.approx((sum(parts) / weight.sum()).item(), abs=1e-12)
+
+
+def test_local_correlation_without_weight_and_with_a_constant_one():
+    a, b = random(1, 1, 24, 24), random(1, 1, 24, 24, seed=1)
+    assert torch.equal(LocalCorrelationLoss()(a, b), LocalCorrelationLoss()(a, b, None))
+    constant = torch.full_like(a, 0.25)
+    assert LocalCorrelationLoss()(a, b, constant).item() == pytest.approx(LocalCorrelationLoss()(a, b).item(), abs=1e-6)
+    half = torch.zeros_like(a)
+    half[:, :, :12] = 1.0
+    a[:, :, :16] = b[:, :, :16]  # windows of two sigma, so that in the first rows they see nothing but equal voxels
+    assert LocalCorrelationLoss(2.0)(a, b, half).item() < 1e-3 < 0.1 < LocalCorrelationLoss(2.0)(a, b).item()
+
+
+def test_local_correlation_with_weight_gradcheck():
+    a, b = random(1, 2, 5, 6, dtype=torch.float64), random(1, 2, 5, 6, seed=1, dtype=torch.float64)
+    weight = random(1, 1, 5, 6, seed=2, dtype=torch.float64)
+    inputs = tuple(x.requires_grad_() for x in (a, b, weight))
+    assert torch.autograd.gradcheck(LocalCorrelationLoss(sigma=1.0), inputs)
+
+
 def test_local_correlation_is_not_monais():
     a, b = random(1, 1, 24, 24), random(1, 1, 24, 24, seed=1)
     other = LocalNormalizedCrossCorrelationLoss(2, kernel_size=13, kernel_type="gaussian")(a, b).item()

@@ -82,7 +82,7 @@ def test_one_version_everywhere(wheel: Path, root: Path) -> None:
     metadata = root / "bundle" / "configs" / "metadata.json"
     if not metadata.exists():
         pytest.skip("bundle/configs/metadata.json does not exist yet")
-    described = json.loads(metadata.read_text())
+    described = json.loads(metadata.read_text(encoding="utf-8"))
     assert described["version"] == equireg.__version__
     assert equireg.__version__ in described["changelog"]
 
@@ -139,7 +139,7 @@ def test_package_imports_itself_relatively(root: Path) -> None:
     files = sources(root, "bundle/scripts/**/*.py")
     assert files
     for path in files:
-        assert not wrong.search(path.read_text()), f"{path.relative_to(root)} imports itself by name"
+        assert not wrong.search(path.read_text(encoding="utf-8")), f"{path.relative_to(root)} imports itself by name"
 
 
 def test_nothing_speaks_of_one_machine(root: Path) -> None:
@@ -149,11 +149,11 @@ def test_nothing_speaks_of_one_machine(root: Path) -> None:
     files += sources(root, "bundle/**/*.py", "bundle/**/*.conf", "tests/**/*.py")
     assert len(files) > 5
     for path in files:
-        found = home.search(path.read_text())
+        found = home.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{path.relative_to(root)} names {found and found.group()}"
 
 
 def test_licenses_are_one(root: Path) -> None:
-    text = (root / "LICENSE").read_text()
+    text = (root / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text
-    assert (root / "bundle" / "LICENSE").read_text() == text
+    assert (root / "bundle" / "LICENSE").read_text(encoding="utf-8") == text

@@ -5,30 +5,36 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
+import helpers_grids
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, decollate_batch, list_data_collate
-from monai.transforms import Compose, Orientationd
+from monai.transforms import Compose
 
+from equireg import world
 from equireg.fields import identity_grid
 from equireg.io import write_displacement_field
 from equireg.spaces import same_axes
 from equireg.transforms import (
+    InvertFieldd,
     MatchAxesd,
     NormalizeContent,
     NormalizeContentd,
-    RestoreOrientationd,
     RestorePredd,
     SplitPred,
     SplitPredd,
     StackPair,
     StackPaird,
+    WarpImaged,
     WarpLabel,
     WarpLabeld,
+    WarpPointsd,
 )
+
+IMAGE_KEYS = ("moving", "fixed")
 
 
 def affine(scale: float) -> torch.Tensor:
@@ -448,48 +454,35 @@ def test_restore_pred_says_what_it_expects() -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_restore_orientation_undoes_orientation(dims: int) -> None:
-    shape = (4, 5, 6)[:dims]
-    stored = np.eye(4)
-    stored[:3, :3] = np.array([[0, 0, -2.0], [0.7, 0, 0], [0, -1.5, 0]]) if dims == 3 else np.eye(3)
-    stored[:dims, 3] = (5, -6, 7)[:dims]
-    if dims == 2:
-        stored[:2, :2] = [[0, -2.0], [0.7, 0]]
-    image = on_grid(stored, shape)
-    image.meta["original_affine"] = stored.copy()
-    oriented = Orientationd("fixed", as_closest_canonical=True, labels=None)({"fixed": image})["fixed"]
-    assert not np.allclose(oriented.affine, stored) and (np.diag(oriented.affine) > 0).all()
-    # A field that points one millimeter along each axis of the world, in voxels of the oriented grid.
-    voxels = 1 / torch.diag(oriented.affine)[:dims].float()
-    ddf = MetaTensor(voxels.reshape([-1] + [1] * dims).expand(dims, *oriented.shape[1:])).copy_meta_from(oriented)
-    item = {"moved": oriented, "ddf": ddf, "other": 1}
-    out = RestoreOrientationd()(item)
-    assert torch.equal(out["moved"].as_tensor(), image.as_tensor()) and out["other"] == 1
-    for result in (out["moved"], out["ddf"]):
-        np.testing.assert_allclose(result.affine, stored, atol=1e-12)
-        assert result.shape[1:] == shape and result.meta["filename_or_obj"] == "fixed.nii.gz"
-    step = stored[:dims, :dims] @ out["ddf"].flatten(1).double().numpy()
-    np.testing.assert_allclose(step, np.ones_like(step), atol=1e-6)
-    assert item["moved"] is oriented and not np.allclose(oriented.affine, stored)
-
-
-def test_restore_orientation_without_a_note_and_what_it_refuses() -> None:
-    plain = on_grid(np.eye(4), (3, 4))
-    assert "original_affine" not in plain.meta
-    assert torch.equal(RestoreOrientationd("moved", ())({"moved": plain})["moved"], plain)
-    assert RestoreOrientationd(allow_missing_keys=True)({}) == {}
-    with pytest.raises(ValueError, match="data\\['moved'\\] to be a MetaTensor"):
-        RestoreOrientationd()({"moved": torch.zeros(1, 3, 4)})
-    plain.meta["original_affine"] = np.diag([2.0, 1, 1, 1])
-    with pytest.raises(ValueError, match="differ by order and sign alone"):
-        RestoreOrientationd()({"moved": plain})
-    with pytest.raises(ValueError, match="ddf_keys among the keys .*'moved'.*, got .*'ddf'"):
-        RestoreOrientationd("moved")
-    # A vector image that is no ddf keeps its channels.
-    plain.meta["original_affine"] = np.diag([-1.0, 1, 1, 1])
-    assert torch.equal(
-        RestoreOrientationd("moved", ())({"moved": plain})["moved"].as_tensor(), plain.flip(1).as_tensor()
+def test_images_labels_and_points_go_through_fields_as_in_the_world(dims: int) -> None:
+    shape = (9, 8, 7)[:dims]
+    moving = helpers_grids.image(shape, helpers_grids.grid(dims, 1), 1)
+    moving.meta["filename_or_obj"] = "scans/moving.nii.gz"
+    fixed = MetaTensor(torch.zeros(1, 4, *shape[1:]), meta={"filename_or_obj": "fixed.nii"})
+    field = helpers_grids.field(shape, moving.affine.numpy(), 2, strength=0.3)
+    label = MetaTensor((moving > 100).to(torch.int16).as_tensor(), affine=moving.affine)
+    points = torch.rand(6, dims) * 5
+    item = {"moving": moving, "fixed": fixed, "label": label, "fixed_to_moving": field, "fixed_points": points}
+    pipeline = Compose(
+        [
+            WarpImaged(("moving", "label"), output=("moved", "l"), mode=("linear", "nearest"), name_keys=IMAGE_KEYS),
+            WarpPointsd(),
+            InvertFieldd(),
+        ]
     )
+    out = pipeline(item)
+    assert torch.equal(out["moved"], world.warp_image(moving, field)) and out["moved"].shape[1:] == shape
+    assert torch.equal(out["l"], world.warp_image(label, field, "nearest")) and out["l"].dtype == torch.int16
+    assert out["moved"].meta["filename_or_obj"] == "moving_to_fixed.nii.gz"
+    assert torch.equal(out["mapped_points"], world.map_points(points, [field]))
+    assert torch.equal(out["moving_to_fixed"], world.invert_field(field, moving.affine, shape))
+    assert set(item) == {"moving", "fixed", "label", "fixed_to_moving", "fixed_points"}
+    assert WarpImaged(allow_missing_keys=True)({"fixed_to_moving": field}).keys() == {"fixed_to_moving"}
+    whole = WarpImaged()({**item, "moving": (10 * label).to(torch.int32)})["moved"]
+    assert whole.dtype == torch.float32  # blended integers are no integers
+    for transform in (WarpImaged, WarpPointsd):
+        with pytest.raises(ValueError, match=f"{transform.__name__} expects one output name per key"):
+            transform(("a", "b"), output="c")
 
 
 def test_transforms_are_built_by_configs() -> None:

@@ -8,13 +8,13 @@ registration run the bundle's own commands; what they print goes to log files in
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fire
 import nibabel as nib
@@ -36,36 +36,51 @@ FIXED_SHAPE, FIXED_CORNER = (256, 160), (120, 8)
 FOREGROUND = 0.2  # brightness above which a voxel counts as vessel
 
 
-def run_bundle(arguments: list[str], log: Path) -> None:
-    """Run a command of the bundle from inside its folder, its output going to a log file.
+def run(words: list[str], log: Path, shown: str, folder: Path | None = None) -> None:
+    """Run a command, its output going to a log file.
 
     Args:
-        arguments: what follows `python -m monai.bundle run`.
+        words: of the command, its program first.
         log: file for the output; on a terminal, the progress bar is shown there instead.
+        shown: how the command is shown, as a user would type it.
+        folder: where it runs.
 
     Raises:
         SystemExit: if the command fails, after showing the end of its output.
     """
     live = sys.stderr.isatty()
-    command = [sys.executable, "-m", "monai.bundle", "run", *arguments, "--progress", str(live)]
-    print(f"  $ cd {BUNDLE} && {shlex.join(['python', *command[1:]])}", flush=True)
+    print(f"  $ {shown}", flush=True)
     # A warning would tear the progress bar apart; without a terminal it belongs into the log.
     environment = {**os.environ, **({"PYTHONWARNINGS": "ignore"} if live else {})}
     started = time.perf_counter()
     with log.open("w") as file:
         stderr = None if live else subprocess.STDOUT
-        code = subprocess.run(command, cwd=BUNDLE, env=environment, stdout=file, stderr=stderr).returncode
+        code = subprocess.run(words, cwd=folder, env=environment, stdout=file, stderr=stderr).returncode
     if code != 0:
         print(*log.read_text(errors="replace").splitlines()[-40:], sep="\n")
         raise SystemExit(f"The command failed with exit code {code}; its output is in {log}.")
     print(f"  done in {time.perf_counter() - started:.0f} s, log: {log}", flush=True)
 
 
+def train(options: dict[str, Any], log: Path) -> None:
+    """Run the bundle's training command, as its users do, from inside its folder."""
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    words = ["-m", "monai.bundle", "run", "training", "--config_file", "configs/train.json", *flags]
+    words += ["--progress", str(sys.stderr.isatty())]
+    run([sys.executable, *words], log, f"cd {BUNDLE} && {shlex.join(['python', *words])}", BUNDLE)
+
+
+def register(options: dict[str, Any], log: Path) -> None:
+    """Run the command `equireg register`."""
+    words = ["register", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    run([sys.executable, "-m", "equireg", *words], log, shlex.join(["equireg", *words]))
+
+
 def make_pair(folder: Path, seed: int) -> torch.Tensor:
-    """Write a pair of 2D images: a tree of vessels, and the same tree warped and far away, and the list of this pair.
+    """Write a pair of 2D images: a tree of vessels, and the same tree warped and far away.
 
     Args:
-        folder: where `moving.nii.gz`, `fixed.nii.gz` and `pairs.json` go.
+        folder: where `moving.nii.gz` and `fixed.nii.gz` go.
         seed: another seed draws another tree and warp.
 
     Returns:
@@ -81,8 +96,6 @@ def make_pair(folder: Path, seed: int) -> torch.Tensor:
     for name, corner, shape in (("moving", MOVING_CORNER, MOVING_SHAPE), ("fixed", FIXED_CORNER, FIXED_SHAPE)):
         image = F.pad(squares[name], _around(corner, shape))[0, 0]
         nib.save(nib.Nifti1Image(image.numpy(), np.eye(4)), folder / f"{name}.nii.gz")
-    pair = {"moving": "moving.nii.gz", "fixed": "fixed.nii.gz"}
-    (folder / "pairs.json").write_text(json.dumps([pair], indent=2) + "\n")
     shift = torch.tensor(MOVING_CORNER) - torch.tensor(FIXED_CORNER)
     return F.pad(ddf, _around(FIXED_CORNER, FIXED_SHAPE), mode="replicate")[0] + shift.reshape(2, 1, 1)
 
@@ -107,17 +120,10 @@ def report(inputs: Path, registration: Path, picture: Path, true_ddf: torch.Tens
         registration: folder that the registration filled.
         picture: file to write.
         true_ddf: `(2, *FIXED_SHAPE)`, voxels.
-
-    Raises:
-        SystemExit: if the registration left no moved image or field.
     """
-    written = [sorted(registration.rglob(f"*_{what}.nii.gz")) for what in ("moved", "ddf")]
-    if not all(written):
-        raise SystemExit(f"The registration left no moved image and field (*_moved, *_ddf) in {registration}.")
-    paths = [inputs / "moving.nii.gz", inputs / "fixed.nii.gz", written[0][0]]
+    paths = [inputs / "moving.nii.gz", inputs / "fixed.nii.gz", registration / "moved.nii.gz"]
     moving, fixed, moved = (torch.from_numpy(nib.load(path).get_fdata(dtype=np.float32))[None] for path in paths)
-    moved = moved.reshape(fixed.shape)  # some writers give a 2D image a third axis of one voxel
-    ddf, _ = read_displacement_field(written[1][0])
+    ddf, _ = read_displacement_field(registration / "fixed_to_moving.nii.gz")
     save_figure(registration_figure(moving, fixed, moved, ddf), picture)
 
     # Before registration: the moving image cropped and padded to the fixed one's shape, voxel indices unchanged.
@@ -129,8 +135,14 @@ def report(inputs: Path, registration: Path, picture: Path, true_ddf: torch.Tens
     print(f"  mean displacement      {found:.1f} voxels found, {true:.1f} true; mean error {error:.2f} voxels")
     print(f"  folded cells           {100 * folding_fraction(ddf[None]).item():.2f} %")
     print("\nFiles:")
-    files = {"before and after": picture, "moving": paths[0], "fixed": paths[1], "moved": paths[2]}
-    for name, path in {**files, "transform": written[1][0]}.items():
+    files = {"before and after": picture, "moving": paths[0], "fixed": paths[1]}
+    made = {
+        "moved": "moved.nii.gz",
+        "transform": "fixed_to_moving.nii.gz",
+        "quality": "qc.png",
+        "report": "report.json",
+    }
+    for name, path in {**files, **{name: registration / file for name, file in made.items()}}.items():
         print(f"  {name:<18}{path}")
 
 
@@ -139,7 +151,8 @@ def main(
     epochs: int = 2,
     iterations: int = 10,
     seed: int = 0,
-    weights: str = "models/vessels.pt",
+    optimize: int = 0,
+    weights: str = "vessels",
 ) -> None:
     """Train a little, register two images of vessels that hardly overlap, and draw the result.
 
@@ -148,7 +161,8 @@ def main(
         epochs: epochs of the short training run.
         iterations: steps of an epoch.
         seed: of the pair to register.
-        weights: trained weights for the registration, relative to the bundle's folder.
+        optimize: steps of instance optimization after the network's answer.
+        weights: name or file of trained weights for the registration.
     """
     started = time.perf_counter()
     output = Path(output_dir).resolve()
@@ -157,17 +171,15 @@ def main(
 
     print(f"1. Training on synthetic anatomy: {epochs} epochs of {iterations} steps, a taste of the real thing")
     options = {"epochs": epochs, "iterations": iterations, "val_pairs": 2, "output_dir": training}
-    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    run_bundle(["training", "--config_file", "configs/train.json", *flags], output / "training.log")
+    train(options, output / "training.log")
 
     print("2. Drawing two images of vessels that hardly overlap, where affine methods find nothing to start from")
     true_ddf = make_pair(inputs, seed)
-    print(f"  {inputs / 'pairs.json'}")
+    print(f"  {inputs / 'moving.nii.gz'}\n  {inputs / 'fixed.nii.gz'}")
 
     print("3. Registering them with the trained weights of the bundle")
-    options = {"pairs": inputs / "pairs.json", "spatial_dims": 2, "weights": weights, "output_dir": registration}
-    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    run_bundle(["--config_file", "configs/inference.json", *flags], output / "registration.log")
+    options = {"moving": inputs / "moving.nii.gz", "fixed": inputs / "fixed.nii.gz", "output": registration}
+    register({**options, "weights": weights, "optimize": optimize}, output / "registration.log")
 
     print("4. Looking at the result")
     report(inputs, registration, output / "before_after.png", true_ddf)

@@ -18,47 +18,74 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import (
         augmentation,
+        batch,
         data,
+        evaluation,
         fields,
         handlers,
+        images,
         inferer,
         io,
+        landmarks,
+        learn2reg,
         lists,
         losses,
         metrics,
         networks,
+        optimization,
+        pairs,
         pictures,
+        preparation,
+        registration,
+        results,
         spaces,
         synthesis,
+        transform_files,
         transforms,
         weights,
+        world,
     )
+    from .registration import Registration, register
     from .weights import load_network
 
 __all__ = [
+    "Registration",
     "__version__",
     "augmentation",
+    "batch",
     "data",
+    "evaluation",
     "fields",
     "handlers",
+    "images",
     "inferer",
     "io",
+    "landmarks",
+    "learn2reg",
     "lists",
     "load_network",
     "losses",
     "metrics",
     "networks",
+    "optimization",
+    "pairs",
     "pictures",
+    "preparation",
+    "register",
+    "registration",
+    "results",
     "spaces",
     "synthesis",
+    "transform_files",
     "transforms",
     "weights",
+    "world",
 ]
 
 __version__ = "0.1.0"
 
 # Public functions and classes, and the modules that define them; every other public name is a module.
-_DEFINED_IN = {"load_network": "weights"}
+_DEFINED_IN = {"load_network": "weights", "register": "registration", "Registration": "registration"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,61 +8,42 @@ and MONAI's `PILReader` (PNG, JPEG, BMP; needs Pillow).
 
 from __future__ import annotations
 
-import errno
-import gzip
-import math
 import os
 import tempfile
-import uuid
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import ITKReader, ITKWriter, MetaTensor, PILReader
+from monai.data import MetaTensor
 from monai.data.utils import orientation_ras_lps, to_affine_nd
 from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
 
-__all__ = ["read_image", "read_label", "read_mask", "same_grid", "writable_folder", "write_image"]
+from ._image_files import WRITABLE, Scan, from_nibabel, open_path, save, storable, suffix_of
 
-_NIFTI = (".nii.gz", ".nii")
-_NIBABEL = (*_NIFTI, ".mgz", ".mgh")
-_META, _NRRD = (".mha", ".mhd"), (".nrrd", ".nhdr")
-_ITK = (*_META, *_NRRD, ".dcm", ".ima", ".tiff", ".tif")
-_PIL = (".png", ".jpeg", ".jpg", ".bmp")
-_READABLE = (*_NIBABEL, *_ITK, *_PIL)
-_WRITABLE = (*_NIFTI, ".mha", ".nrrd")
-_MILLIMETERS = {1: 1e3, 3: 1e-3}  # of NIfTI's meter and micron; any other code counts as millimeters, as in ITK
+__all__ = ["read_image", "read_label", "read_mask", "same_grid", "writable_folder", "write_image"]
 
 _SAME_GRID = 1e-2  # voxels; headers of 32 bits and of five decimals stay below, and no voxel changes its neighbor
 _FLAT = 1e-3  # slope against the x-y plane that rounding of a header explains
-_SLICE = 0.1  # slice distances by which a DICOM slice may be off an even stack; rounded positions stay below
 _WHOLE = 1e-3  # by which a label may miss a whole number because its file scales the values
-_BLOCK = 1 << 16
+_UNPLACED = "unplaced"  # entry of the metadata
 
 Source = str | os.PathLike[str] | MetaTensor | nib.spatialimages.SpatialImage | tuple[Any, Any]
 
 
-class _Scan(NamedTuple):
-    """An image as it was found: `what` names it in messages, `file` in the metadata of results."""
-
-    values: np.ndarray  # (*shape), any type; may belong to the caller
-    affine: np.ndarray  # (4, 4), voxel indices to RAS+ mm
-    what: str
-    file: str
-
-
-def read_image(source: Source, role: str = "image", spatial_dims: int | None = None) -> MetaTensor:
+def read_image(
+    source: Source, role: str = "image", spatial_dims: int | None = None, constant: bool = False
+) -> MetaTensor:
     """Read an image and refuse what cannot be registered.
 
-    Units other than millimeters and the value scaling of NIfTI are applied. NIfTI files that state no orientation lie
-    where nibabel and MONAI put them. PNG, JPEG and BMP know no millimeters: a pixel is 1 mm, array axis 0 runs to the
-    right of the picture. Checksums of compressed files are verified, which decompresses them twice.
+    Units other than millimeters and the value scaling of NIfTI are applied. PNG, JPEG and BMP know no millimeters: a
+    pixel is 1 mm, array axis 0 runs to the right of the picture. Checksums of compressed files are verified, which
+    decompresses them twice.
+
+    Programs disagree where a NIfTI file lies whose sform and qform codes are both 0. In nibabel, MONAI and here its
+    center is the origin of the world and array axis 1 runs to the front; in ITK the first voxel is, and it runs back.
 
     Args:
         source: a file, a folder with one DICOM series, a `MetaTensor` `(1, *shape)`, a nibabel image, or a pair of an
@@ -70,11 +51,13 @@ def read_image(source: Source, role: str = "image", spatial_dims: int | None = N
         role: what messages call the image, for example "moving image".
         spatial_dims: 2 or 3 to insist on so many axes; a volume of one slice in the x-y plane then counts as 2D. Any if
             left out. Axes of one voxel after the third are always dropped.
+        constant: take an image with one value everywhere, too, of which the grid alone counts.
 
     Returns:
         The image `(1, *shape)`, float32; or float64 where float32 would overflow, change whole numbers or lose more
         than a millionth of the range. Its affine is `(4, 4)`, float64, also in 2D (where only the upper left 2 x 2 and
-        the first two entries of the translation count), and `filename_or_obj` the path.
+        the first two entries of the translation count). In the metadata `filename_or_obj` is the path, and `unplaced`
+        is True if both codes of a NIfTI file are 0, and missing otherwise.
 
     Raises:
         ValueError: one sentence that names the image and says what to do: if it is missing, damaged, cut short, of
@@ -92,7 +75,7 @@ def read_image(source: Source, role: str = "image", spatial_dims: int | None = N
     scan = _load(source, role, spatial_dims)
     values = _floating(scan.values)
     _require_finite(values, scan.what)
-    if values.min() == values.max():
+    if values.min() == values.max() and not constant:
         raise ValueError(
             f"The {scan.what} is {values.min():g} everywhere, which leaves nothing to register: choose another file."
         )
@@ -113,7 +96,7 @@ def read_label(
 
     Returns:
         The label map `(1, *shape)`, in the smallest of int16, int32 and int64 that holds it (never uint8, which torch
-        takes for a mask when used as an index); affine and file name as from `read_image`.
+        takes for a mask when used as an index); affine and metadata as from `read_image`.
 
     Raises:
         ValueError: if a value is not whole, the grids differ, or for whatever `read_image` refuses; a label map may be
@@ -139,7 +122,7 @@ def read_mask(
         spatial_dims: as for `read_image`.
 
     Returns:
-        The mask `(1, *shape)`, bool, True inside; affine and file name as from `read_image`.
+        The mask `(1, *shape)`, bool, True inside; affine and metadata as from `read_image`.
 
     Raises:
         ValueError: if nothing is inside, or for whatever `read_label` refuses.
@@ -220,25 +203,14 @@ def write_image(image: MetaTensor, path: str | os.PathLike[str], spatial_dims: i
         (4, 5)
     """
     path = Path(path)
-    suffix = _suffix(path, _WRITABLE)
-    if suffix is None:
-        raise ValueError(f"An image is written to a file ending in {', '.join(_WRITABLE)}, got '{path}'.")
+    if suffix_of(path, WRITABLE) is None:
+        raise ValueError(f"An image is written to a file ending in {', '.join(WRITABLE)}, got '{path}'.")
     values, affine = _values_to_write(image, spatial_dims)
-    if suffix not in _NIFTI:
-        _import_itk(f"'{path}'")
-        values = _for_itk(values, path)
+    values = storable(values, path)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"An image is written to a file in a folder that exists, got '{path}'.")
     _require_writable(path.parent)
-    temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
-        (_save_nifti if suffix in _NIFTI else _save_itk)(values, affine, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is ITK's
-        code, reason = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or _reason(error)
-        raise OSError(code, f"cannot write the image: {reason}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(values, affine, path)
     return path
 
 
@@ -279,11 +251,12 @@ def _require_writable(folder: Path) -> None:
         ) from error
 
 
-def _load(source: Source, role: str, spatial_dims: int | None) -> _Scan:
+def _load(source: Source, role: str, spatial_dims: int | None) -> Scan:
     """Open an image and bring it to the number of axes wanted; values and grid are checked for their kind."""
     if spatial_dims not in (None, 2, 3):
         raise ValueError(f"spatial_dims should be 2, 3 or None, got {spatial_dims!r}.")
-    values, affine, what, file = _open(source, role)
+    scan = _open(source, role)
+    values, what = scan.values, scan.what
     if values.dtype.names:
         raise ValueError(f"The {what} is in color: convert it to one gray value per voxel.")
     if values.dtype.kind not in "biuf":
@@ -301,10 +274,47 @@ def _load(source: Source, role: str, spatial_dims: int | None) -> _Scan:
         raise ValueError(f"The {what} has shape {values.shape}: choose an image with two or three axes.")
     if spatial_dims == 3 and values.ndim == 2:
         raise ValueError(f"The {what} is 2D, of shape {values.shape}: choose a 3D image, or register in 2D.")
-    affine = _checked_affine(affine, values.ndim, what)
+    affine = _checked_affine(scan.affine, values.ndim, what)
     if spatial_dims == 2 and values.ndim == 3:
         values, affine = _single_slice(values, affine, what)
-    return _Scan(values, affine, what, file)
+    return scan._replace(values=values, affine=affine)
+
+
+def _open(source: Source, role: str) -> Scan:
+    """Take an image from wherever it is, as it is."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        return open_path(path, f"{role} '{path}'")
+    file = ""
+    if isinstance(source, MetaTensor):
+        file = str(source.meta.get(ImageMetaKey.FILENAME_OR_OBJ) or "")
+    elif isinstance(source, nib.spatialimages.SpatialImage):
+        file = source.get_filename() or ""
+    what = f"{role} '{file}'" if file else role
+    file = file or role.replace(" ", "_")  # for what was never in a file
+    if isinstance(source, MetaTensor):
+        return _from_tensor(source, what, file)
+    if isinstance(source, nib.spatialimages.SpatialImage):
+        return from_nibabel(source, what, file)
+    if isinstance(source, tuple) and len(source) == 2:
+        return Scan(_to_numpy(source[0]), _to_numpy(source[1]), what, file)
+    raise ValueError(
+        f"The {role} should be a path, a MetaTensor, a nibabel image or a pair (array, affine), got "
+        f"{type(source).__name__}."
+    )
+
+
+def _from_tensor(image: MetaTensor, what: str, file: str) -> Scan:
+    """Take the one channel of a tensor and its affine, which MONAI may keep to LPS+."""
+    if image.dim() not in (3, 4) or image.shape[0] != 1:
+        raise ValueError(
+            f"The {what} should be a MetaTensor of shape (1, X, Y) or (1, X, Y, Z), got {tuple(image.shape)}: choose "
+            "one channel, or add the channel axis."
+        )
+    affine = image.affine.numpy(force=True)
+    if image.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
+        affine = orientation_ras_lps(affine)
+    return Scan(_to_numpy(image.as_tensor()[0]), affine, what, file, bool(image.meta.get(_UNPLACED)))
 
 
 def _label(source: Source, role: str, like: MetaTensor | None, spatial_dims: int | None) -> tuple[MetaTensor, str]:
@@ -325,239 +335,6 @@ def _label(source: Source, role: str, like: MetaTensor | None, spatial_dims: int
             "it to that grid with nearest neighbor interpolation, or mend its header."
         )
     return label, scan.what
-
-
-def _open(source: Source, role: str) -> _Scan:
-    """Take an image from wherever it is, as it is."""
-    if isinstance(source, MetaTensor):
-        file = str(source.meta.get(ImageMetaKey.FILENAME_OR_OBJ) or "")
-        what = _what(role, file)
-        if source.dim() not in (3, 4) or source.shape[0] != 1:
-            raise ValueError(
-                f"The {what} should be a MetaTensor of shape (1, X, Y) or (1, X, Y, Z), got {tuple(source.shape)}: "
-                "choose one channel, or add the channel axis."
-            )
-        affine = source.affine.numpy(force=True)
-        if source.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
-            affine = orientation_ras_lps(affine)
-        return _Scan(_to_numpy(source.as_tensor()[0]), affine, what, file or _file_name(role))
-    if isinstance(source, nib.spatialimages.SpatialImage):
-        file = source.get_filename() or ""
-        return _from_nibabel(source, _what(role, file), file or _file_name(role))
-    if isinstance(source, tuple) and len(source) == 2:
-        values, affine = (_to_numpy(part) for part in source)
-        return _Scan(values, affine, role, _file_name(role))
-    if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(source).expanduser(), role)
-    raise ValueError(
-        f"The {role} should be a path, a MetaTensor, a nibabel image or a pair (array, affine), got "
-        f"{type(source).__name__}."
-    )
-
-
-def _open_path(path: Path, role: str) -> _Scan:
-    """Read a file or a folder with the reader that its suffix calls for."""
-    what = _what(role, str(path))
-    if path.is_dir():
-        return _open_dicom(path, what)
-    if not path.is_file():
-        problem = "is not a regular file" if path.exists() else "does not exist"
-        raise ValueError(f"The {what} {problem}: check the path.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"The {what} is an empty file of 0 bytes: copy or export it again.")
-    if _suffix(path, _NIBABEL):
-        return _open_nibabel(path, what)
-    if _suffix(path, _ITK) or _is_dicom(path):
-        return _open_itk(path, what)
-    if _suffix(path, _PIL):
-        return _open_picture(path, what)
-    raise ValueError(f"The {what} has an unknown suffix: choose a file ending in {', '.join(_READABLE)}.")
-
-
-def _open_nibabel(path: Path, what: str) -> _Scan:
-    """Read a NIfTI or MGH file, its size and its raw header first: nibabel repairs a bad spacing without a word."""
-    with _reading(what, "compressed" if path.name.lower().endswith("z") else "readable"):
-        size = _content_size(path)
-    kind: Any = nib.MGHImage
-    if _suffix(path, _NIFTI):
-        with _reading(what, "NIfTI"):
-            kinds = [k for k in (nib.Nifti1Image, nib.Nifti2Image) if k.path_maybe_image(path)[0]]
-        if not kinds:
-            raise ValueError(f"The {what} is no NIfTI file, whatever its suffix says: export it again as NIfTI.")
-        kind = kinds[0]
-        with _reading(what, "NIfTI"), nib.openers.ImageOpener(str(path)) as stream:
-            header = kind.header_class.from_fileobj(stream, check=False)
-            rank, shape = int(header["dim"][0]), header.get_data_shape()
-        if min(shape, default=1) < 1:
-            raise ValueError(f"The {what} has an empty axis, its shape is {shape}: export it again.")
-        spacing = header["pixdim"][1 : 1 + min(rank, 3)]
-        if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-            raise ValueError(
-                f"The {what} states a voxel spacing of {spacing.tolist()}: mend pixdim in its header, or export it "
-                "again."
-            )
-    with _reading(what, "NIfTI" if kind is not nib.MGHImage else "MGH"):
-        image = kind.from_filename(path, mmap=False)
-        needed = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
-    if size < needed:
-        raise ValueError(f"The {what} is cut short, {size} bytes of {needed}: copy or export it again.")
-    return _from_nibabel(image, what, str(path))
-
-
-def _from_nibabel(image: Any, what: str, file: str) -> _Scan:
-    """Take values and affine, in millimeters, from a nibabel image."""
-    header, affine = image.header, image.affine
-    affine = np.array(header.get_best_affine() if affine is None else affine, dtype=np.float64)
-    if isinstance(image, nib.Nifti1Pair):
-        rank = min(len(image.shape), 3)
-        steps, spacing = np.linalg.norm(header.get_sform()[:3, :rank], axis=0), header["pixdim"][1 : 1 + rank]
-        if header["sform_code"] > 0 and not np.allclose(steps, spacing, rtol=1e-3):
-            raise ValueError(
-                f"The {what} contradicts itself, with voxels of {spacing.tolist()} mm in pixdim and of "
-                f"{steps.tolist()} mm in its sform: mend its header, or export it again."
-            )
-        affine[:3] *= _MILLIMETERS.get(int(header["xyzt_units"]) & 7, 1.0)
-    with _reading(what, "an image"):
-        values = np.asanyarray(image.dataobj)  # scaled; for an image in memory its own array
-    return _Scan(values, affine, what, file)
-
-
-def _open_itk(path: Path, what: str) -> _Scan:
-    """Read a file through ITK, after its checksums and its kind: ITK returns noise for a damaged MetaImage."""
-    itk = _import_itk(what)
-    if _suffix(path, (*_META, *_NRRD)):
-        with _reading(what, "an image"):
-            _verify_text_header(path)
-    with _reading(what, "an image"):
-        header = _itk_header(itk, path)
-    return _from_itk(itk, str(path), header, what, str(path))
-
-
-def _is_dicom(path: Path) -> bool:
-    """Tell whether a file is DICOM, which often has no suffix, or a number for one."""
-    with _reading(str(path), "a file"), path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def _open_dicom(folder: Path, what: str) -> _Scan:
-    """Read the one DICOM series of a folder whose slices form an even, upright stack."""
-    itk = _import_itk(what)
-    with _reading(what, "a DICOM series"), _quiet(itk):
-        finder = itk.GDCMSeriesFileNames.New()
-        finder.SetUseSeriesDetails(True)
-        finder.AddSeriesRestriction("0008|0021")  # the date, as MONAI does
-        finder.SetDirectory(str(folder))
-        series = list(finder.GetSeriesUIDs())
-        files = list(finder.GetFileNames(series[0])) if series else []
-    if not files:
-        raise ValueError(
-            f"The {what} is a folder without a DICOM series: name an image file, or the folder of a series."
-        )
-    if len(series) > 1:
-        raise ValueError(f"The {what} is a folder with {len(series)} DICOM series: move one to a folder of its own.")
-    used = {Path(file).name for file in files}
-    for file in sorted(folder.iterdir()):
-        # ITK skips a slice that is cut short, and the rest may look like a series.
-        if file.is_file() and file.name not in {*used, "DICOMDIR"} and (file.stat().st_size == 0 or _is_dicom(file)):
-            raise ValueError(
-                f"The {what} holds '{file.name}', which is damaged or no slice: copy it again or remove it."
-            )
-    with _reading(what, "a DICOM series"):
-        headers = [_itk_header(itk, Path(file)) for file in files]
-    with _quiet(itk):
-        scan = _from_itk(itk, files if len(files) > 1 else files[0], headers[0], what, str(folder))
-    if len(files) > 1:
-        found = np.array([[header.GetOrigin(axis) for axis in range(3)] for header in headers]) * [-1, -1, 1]
-        stack = scan.affine[:3, 3] + np.arange(len(files))[:, None] * scan.affine[:3, 2]
-        off = np.linalg.norm(found - stack, axis=1).max() / np.linalg.norm(scan.affine[:3, 2])
-        if not off <= _SLICE:
-            raise ValueError(
-                f"The {what} holds slices that form no even stack, up to {off:.2g} slice distances off (missing, "
-                "double or tilted slices): complete the series, or resample it to an upright volume."
-            )
-    return scan
-
-
-def _from_itk(itk: Any, names: str | Sequence[str], header: Any, what: str, file: str) -> _Scan:
-    """Read what ITK's header has found to be scalar."""
-    if header.GetNumberOfComponents() != 1:
-        raise ValueError(
-            f"The {what} holds {header.GetNumberOfComponents()} numbers per voxel (color, complex or vectors): convert "
-            "it to one gray value per voxel."
-        )
-    # ITK for Python has no int8 and int64 images, and takes the type of a series from its first slice alone.
-    lacking = [getattr(itk.CommonEnums, f"IOComponent_{name}") for name in ("CHAR", "LONG", "LONGLONG")]
-    is_dicom = header.GetNameOfClass() == "GDCMImageIO"
-    options = {"pixel_type": itk.D} if is_dicom or header.GetComponentType() in lacking else {}
-    with _reading(what, "an image"):
-        image = itk.imread(names, **options)
-        values, meta = ITKReader().get_data(image)
-    # The array is a view of ITK's memory.
-    return _Scan(np.array(values), to_affine_nd(3, meta[MetaKeys.AFFINE]), what, file)
-
-
-def _itk_header(itk: Any, path: Path) -> Any:
-    """Return the ITK reader of a file, with its header read."""
-    header = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
-    if header is None:
-        raise ValueError("no format that ITK knows")
-    header.SetFileName(str(path))
-    header.ReadImageInformation()
-    return header
-
-
-def _open_picture(path: Path, what: str) -> _Scan:
-    """Read a gray picture; one with a palette would be read as numbers of colors."""
-    try:
-        reader = PILReader()
-    except ImportError as error:
-        raise ImportError(f"The {what} needs Pillow: pip install pillow.") from error
-    with _reading(what, "a picture"):
-        picture = reader.read(str(path))
-    if picture.mode not in ("1", "L", "I", "F") and not picture.mode.startswith("I;16"):
-        raise ValueError(f"The {what} is in color (mode {picture.mode}): convert it to one gray value per pixel.")
-    with _reading(what, "a picture"), picture:
-        values, _ = reader.get_data(picture)
-    return _Scan(values, np.eye(4), what, str(path))
-
-
-def _content_size(path: Path) -> int:
-    """Return the bytes in a file once decompressed; reading to the end makes gzip compare its checksum."""
-    if not path.name.lower().endswith("z"):
-        return path.stat().st_size
-    with gzip.open(path) as stream:
-        return sum(len(block) for block in iter(lambda: stream.read(_BLOCK), b""))
-
-
-def _verify_text_header(path: Path) -> None:
-    """Check what ITK passes over in a MetaImage or NRRD file, above all the checksum of compressed values."""
-    meta = _suffix(path, _META) is not None
-    fields: dict[str, str] = {}
-    with path.open("rb") as stream:
-        while line := stream.readline(_BLOCK).strip():
-            key, _, value = line.decode("latin-1").partition("=" if meta else ":")
-            fields[key.strip().lower().replace(" ", "")] = value.strip()
-            if meta and "elementdatafile" in fields:
-                break
-        start = stream.tell()
-    if meta and any("nan" in fields.get(key, "").lower() for key in ("offset", "position", "origin")):
-        raise ValueError("its position is not a number")  # ITK takes it for 0
-    if meta:
-        compressed = fields.get("compresseddata", "")[:1] in ("T", "t", "1")
-    else:
-        compressed = fields.get("encoding", "").lower() in ("gzip", "gz")
-    if not compressed:
-        return
-    name = fields.get("elementdatafile" if meta else "datafile", "LOCAL")
-    file, start = (path, start) if name.upper() == "LOCAL" else (path.parent / name, 0)
-    decoder = zlib.decompressobj(wbits=47)  # zlib's format or gzip's
-    with file.open("rb") as stream:
-        stream.seek(start)
-        while not decoder.eof:
-            block = stream.read(_BLOCK)
-            if not block:
-                raise EOFError("the compressed values end too early")
-            decoder.decompress(block)
 
 
 def _single_slice(values: np.ndarray, affine: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -621,8 +398,6 @@ def _floating(values: np.ndarray) -> np.ndarray:
         if values.dtype.kind == "b" or values.dtype.itemsize <= 2 or values.dtype.newbyteorder("=") == np.float32:
             return single
         double = values.astype(np.float64)
-    if not np.isfinite(double).all():
-        return double
     if not np.isfinite(single).all():
         return double
     error = np.abs(double - single).max()
@@ -643,12 +418,13 @@ def _whole(values: np.ndarray, what: str) -> np.ndarray:
     return whole.astype(np.int64)
 
 
-def _tensor(values: np.ndarray, scan: _Scan) -> MetaTensor:
+def _tensor(values: np.ndarray, scan: Scan) -> MetaTensor:
     """Put values `(*shape)` that nobody else holds on the grid of a scan."""
-    meta = {ImageMetaKey.FILENAME_OR_OBJ: scan.file, MetaKeys.SPACE: SpaceKeys.RAS}
-    return MetaTensor(
-        torch.from_numpy(np.ascontiguousarray(values))[None], affine=torch.from_numpy(scan.affine.copy()), meta=meta
-    )
+    meta: dict[str, Any] = {ImageMetaKey.FILENAME_OR_OBJ: scan.file, MetaKeys.SPACE: SpaceKeys.RAS}
+    if scan.unplaced:
+        meta[_UNPLACED] = True
+    tensor = torch.from_numpy(np.ascontiguousarray(values))[None]
+    return MetaTensor(tensor, affine=torch.from_numpy(scan.affine.copy()), meta=meta)
 
 
 def _values_to_write(image: MetaTensor, spatial_dims: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -674,42 +450,6 @@ def _values_to_write(image: MetaTensor, spatial_dims: int | None) -> tuple[np.nd
     return _to_numpy(values), affine
 
 
-def _for_itk(values: np.ndarray, path: Path) -> np.ndarray:
-    """Replace integers of 8 bits with a sign and of 64 bits, of which ITK for Python has no images."""
-    if values.dtype not in (np.int8, np.int64, np.uint64):
-        return values
-    low, high = int(values.min()), int(values.max())
-    for kind in (np.int16, np.int32, np.uint32) if values.dtype == np.int8 else (np.int32, np.uint32):
-        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-            return values.astype(kind)
-    if max(high, -low) > 2**53:
-        raise ValueError(f"'{path}' cannot hold integers such as {max(high, -low)}: write a .nii.gz file instead.")
-    return values.astype(np.float64)
-
-
-def _save_nifti(values: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write values `(*shape)` with both orientations alike, or the one that can hold a shear."""
-    kind = nib.Nifti1Image if max(values.shape) < 2**15 else nib.Nifti2Image
-    image = kind(values, affine, dtype=values.dtype)
-    image.set_sform(affine, code=1)
-    unit = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.abs(unit.T @ unit - np.eye(3)).max() < 1e-3:
-        image.set_qform(affine, code=1)  # with shear, ITK would read it in place of the sform and be wrong silently
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
-
-
-def _save_itk(values: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write values `(*shape)` through MONAI and ITK, compressed."""
-    import itk
-
-    dims = values.ndim
-    grid = np.eye(dims + 1)
-    grid[:dims, :dims], grid[:dims, dims] = affine[:dims, :dims], affine[:dims, 3]
-    image = ITKWriter.create_backend_obj(values, channel_dim=None, affine=grid, dtype=values.dtype)
-    itk.imwrite(image, str(path), compression=True)
-
-
 def _to_numpy(array: Any) -> np.ndarray:
     """Return an array that may share memory with a tensor; floating point types that numpy lacks become float32."""
     if isinstance(array, torch.Tensor):
@@ -718,61 +458,6 @@ def _to_numpy(array: Any) -> np.ndarray:
             array = array.to(torch.float32)
         return array.detach().cpu().numpy()
     return np.asanyarray(array)
-
-
-def _import_itk(what: str) -> Any:
-    """Import ITK when a file needs it."""
-    try:
-        import itk
-    except ImportError as error:
-        raise ImportError(f"{what} needs ITK: pip install itk, or use NIfTI files.") from error
-    return itk
-
-
-@contextmanager
-def _quiet(itk: Any) -> Iterator[None]:
-    """Keep ITK from printing warnings about what is an error here."""
-    shown = itk.Object.GetGlobalWarningDisplay()
-    itk.Object.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        itk.Object.SetGlobalWarningDisplay(shown)
-
-
-@contextmanager
-def _reading(what: str, kind: str) -> Iterator[None]:
-    """Turn whatever a reader raises about a damaged or foreign file into one sentence; they raise nearly anything."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"The {what} cannot be read as {kind} ({_reason(error)}): copy or export it again, with the right suffix."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return the end of an error message, where ITK says what happened, in one line."""
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return text if len(text) <= 200 else f"... {text[-200:]}"
-
-
-def _suffix(path: Path, suffixes: Sequence[str]) -> str | None:
-    """Return which of these a file name ends in; a name that is nothing else does not count."""
-    name = path.name.lower()
-    return next((suffix for suffix in suffixes if name.endswith(suffix) and name != suffix), None)
-
-
-def _what(role: str, file: str) -> str:
-    """Return what messages call an image."""
-    return f"{role} '{file}'" if file else role
-
-
-def _file_name(role: str) -> str:
-    """Return what stands for the file of an image that was never in one."""
-    return role.replace(" ", "_")
 
 
 def _grid_text(image: MetaTensor) -> str:

@@ -6,11 +6,38 @@ from typing import Any, Callable
 
 import torch
 from monai.inferers import Inferer
+from torch import nn
 
 from .fields import warp
+from .mind import check_weight
 from .networks.active import content_box, shift_grid
+from .networks.pair import PairNetwork
 
 __all__ = ["RegistrationInferer"]
+
+
+class _TwoImages(nn.Module):
+    """Present a network of stacked pairs as one called `net(moving, fixed)`, with images of different shapes.
+
+    Args:
+        network: maps `(1, 2C, *shape)` to the ddf and further channels.
+        args: passed on to the network.
+        kwargs: passed on to the network.
+    """
+
+    def __init__(self, network: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.args = args
+        self.kwargs = kwargs
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Pad both images at their end to one shape; return the ddf `(1, D, *fixed shape)`."""
+        shape = [max(sizes) for sizes in zip(moving.shape[2:], fixed.shape[2:])]
+        here = torch.zeros(1, len(shape), dtype=torch.long, device=fixed.device)
+        pair = torch.cat([shift_grid(image, here, shape, "zeros") for image in (moving, fixed)], dim=1)
+        ddf = self.network(pair, *self.args, **self.kwargs)[:, : len(shape)]
+        return shift_grid(ddf, here, list(fixed.shape[2:]), "border")
 
 
 class RegistrationInferer(Inferer):
@@ -21,6 +48,12 @@ class RegistrationInferer(Inferer):
 
     Args:
         margin: voxels of background kept around each content.
+        optimization: improves the network's answer for each pair of crops, called
+            `optimization(net, moving, fixed, ddf, weight)` like `equireg.optimization.FieldOptimization`, where `net`
+            is called `net(moving, fixed)`; None leaves the answer as it is.
+
+    Raises:
+        ValueError: if `margin` is negative.
 
     Example:
         >>> from equireg.networks import CARL, PairNetwork
@@ -29,11 +62,12 @@ class RegistrationInferer(Inferer):
         torch.Size([1, 3, 20, 24])
     """
 
-    def __init__(self, margin: int = 4) -> None:
+    def __init__(self, margin: int = 4, optimization: Callable[..., torch.Tensor] | None = None) -> None:
         super().__init__()
         if margin < 0:
             raise ValueError(f"margin must be at least 0, got {margin}.")
         self.margin = margin
+        self.optimization = optimization
 
     def __call__(
         self,
@@ -41,6 +75,7 @@ class RegistrationInferer(Inferer):
         network: Callable[..., torch.Tensor],
         *args: Any,
         fixed: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Register a batch of pairs.
@@ -51,6 +86,8 @@ class RegistrationInferer(Inferer):
             network: a network that maps a stacked pair to the ddf and further channels, such as `PairNetwork` in eval
                 mode or its exported form.
             fixed: the fixed image `(B, C, *fixed shape)`, if it is not part of `inputs`.
+            weight: `(B, 1, *fixed shape)`, not negative: how much the optimization lets each fixed voxel's similarity
+                count. The network never sees it, so without optimization it has no effect.
             args: passed on to the network.
             kwargs: passed on to the network.
 
@@ -59,7 +96,7 @@ class RegistrationInferer(Inferer):
 
         Raises:
             ValueError: if the images do not make a pair, or if one is empty, has a single value everywhere, or holds
-                values that are not finite.
+                values that are not finite; or for a weight that is no such map or 0 everywhere around a content.
         """
         if fixed is None:
             if inputs.dim() < 3 or inputs.shape[1] % 2:
@@ -82,14 +119,17 @@ class RegistrationInferer(Inferer):
             values = image.flatten(2)
             if (values.amin(dim=2) == values.amax(dim=2)).all(dim=1).any():
                 raise ValueError(f"the {name} image is constant: every voxel of a sample has the same value.")
-        pairs = zip(moving.split(1), fixed.split(1))
-        ddf = torch.cat([self._register(m, f, network, *args, **kwargs) for m, f in pairs])
+        check_weight(weight, fixed, "RegistrationInferer")
+        weights = [None] * len(fixed) if weight is None else weight.split(1)
+        samples = zip(moving.split(1), fixed.split(1), weights)
+        ddf = torch.cat([self._register(m, f, w, network, *args, **kwargs) for m, f, w in samples])
         return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros")], dim=1)
 
     def _register(
         self,
         moving: torch.Tensor,
         fixed: torch.Tensor,
+        weight: torch.Tensor | None,
         network: Callable[..., torch.Tensor],
         *args: Any,
         **kwargs: Any,
@@ -102,6 +142,14 @@ class RegistrationInferer(Inferer):
         ddf = network(torch.cat(pair, dim=1), *args, **kwargs)[:, :dims]
         for k, size in enumerate(fixed_size.tolist()):
             ddf = ddf.narrow(2 + k, 0, size)
+        if self.optimization is not None:
+            moving = shift_grid(moving, moving_start, moving_size.tolist(), "zeros")
+            fixed_crop = shift_grid(fixed, fixed_start, fixed_size.tolist(), "zeros")
+            if weight is not None:
+                weight = shift_grid(weight, fixed_start, fixed_size.tolist(), "zeros")
+            # What a pair network is made of takes crops of different shapes as they are.
+            net = network.net if isinstance(network, PairNetwork) else _TwoImages(network, args, kwargs)
+            ddf = self.optimization(net, moving, fixed_crop, ddf, weight).to(ddf.dtype)
         whole = shift_grid(ddf, -fixed_start, list(fixed.shape[2:]), "border")
         return whole + (moving_start - fixed_start).to(whole.dtype).reshape([1, dims] + [1] * dims)
 

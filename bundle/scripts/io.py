@@ -23,7 +23,6 @@ from monai.transforms import MapTransform
 from .lists import result_name
 
 __all__ = [
-    "NamePaird",
     "SaveTransformD",
     "SaveTransformDict",
     "SaveTransformd",
@@ -153,7 +152,7 @@ class SaveTransformd(MapTransform):
     Args:
         keys: items holding a ddf `(D, *spatial)`, D = 2 or 3, voxels of its grid, without a batch axis.
         output_dir: folder to write to; created if it does not exist.
-        output_postfix: last part of the file name; with several keys, `<output_postfix>_<key>`.
+        output_postfix: last part of the file name, the key if left out; with several keys, `<output_postfix>_<key>`.
         output_ext: `.nii.gz` or `.nii`.
         meta_key: item whose affine (voxel indices to RAS+ millimeters) and shape belong to the ddf's grid. An item
             that lacks this key, or `None`, leaves the affine to the ddf itself, which must then be a `MetaTensor`.
@@ -178,7 +177,7 @@ class SaveTransformd(MapTransform):
         self,
         keys: KeysCollection = "ddf",
         output_dir: str | os.PathLike[str] = "./output",
-        output_postfix: str = "ddf",
+        output_postfix: str | None = None,
         output_ext: str = ".nii.gz",
         meta_key: str | None = "fixed",
         name_keys: Sequence[str] | str | None = None,
@@ -215,7 +214,10 @@ class SaveTransformd(MapTransform):
                 )
             sources = [grid] if self.name_keys is None else [result.get(name) for name in self.name_keys]
             name = _result_name("SaveTransformd", sources)
-            stem = "_".join([name, self.output_postfix, *([str(key)] if len(self.keys) > 1 else [])])
+            postfix = [str(key)] if self.output_postfix is None else [self.output_postfix]
+            if self.output_postfix is not None and len(self.keys) > 1:
+                postfix.append(str(key))
+            stem = "_".join([name, *postfix])
             self.output_dir.mkdir(parents=True, exist_ok=True)
             path = write_displacement_field(result[key], grid.affine, self.output_dir / f"{stem}{self.output_ext}")
             result[f"{key}_path"] = str(path)
@@ -223,44 +225,6 @@ class SaveTransformd(MapTransform):
 
 
 SaveTransformD = SaveTransformDict = SaveTransformd
-
-
-class NamePaird(MapTransform):
-    """Name images after their pair, so that what is saved for several pairs of one fixed image does not collide.
-
-    Args:
-        keys: images, `MetaTensor`s that are to be saved; `moving.nii.gz` and `fixed.png` make the name
-            "moving_to_fixed", in the style of `SaveTransformd` with these `name_keys`.
-        name_keys: items whose file names form the name.
-        allow_missing_keys: skip images that are not there.
-
-    Example:
-        >>> item = {key: MetaTensor(torch.zeros(1, 2), meta={"filename_or_obj": f"{key}.nii.gz"}) for key in "abc"}
-        >>> NamePaird("c", name_keys=("a", "b"))(item)["c"].meta["filename_or_obj"]
-        'a_to_b.nii.gz'
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        name_keys: Sequence[str] = ("moving", "fixed"),
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.name_keys = tuple(name_keys)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of the item with the images named; their values are shared.
-
-        Raises:
-            ValueError: if an image carries no file name.
-        """
-        item = dict(data)
-        name = _result_name("NamePaird", [item[key] for key in self.name_keys])
-        for key in self.key_iterator(item):
-            image = item[key]
-            item[key] = MetaTensor(image.as_tensor(), meta={**image.meta, "filename_or_obj": f"{name}.nii.gz"})
-        return item
 
 
 def _to_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -16,8 +16,9 @@ from monai.utils import convert_to_tensor
 from torch.nn.modules.loss import _Loss
 
 from .fields import full_precision, identity_grid, warp
+from .mind import MINDSSCLoss, check_weight
 
-__all__ = ["DiffusionLoss", "GradICONLoss", "LocalCorrelationLoss", "RegistrationLoss"]
+__all__ = ["DiffusionLoss", "GradICONLoss", "LocalCorrelationLoss", "MINDSSCLoss", "RegistrationLoss"]
 
 
 def _check_ddf(ddf: torch.Tensor, name: str, owner: str, dims: tuple[int, ...]) -> None:
@@ -38,8 +39,8 @@ def _blur_matrix(size: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
     return torch.where(distance <= radius, torch.exp(-0.5 * (distance / sigma) ** 2) / total, 0.0)
 
 
-def _gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Blur every map of `(B, C, *spatial)` along each spatial axis.
+def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Blur every map of `(B, C, *spatial)` along each spatial axis with a Gaussian of `sigma` voxels, zeros outside.
 
     A product with a banded matrix beats a convolution tenfold at 64 voxels an axis, and loses only far beyond 500;
     it also needs nothing of its input for the backward pass.
@@ -89,34 +90,40 @@ class LocalCorrelationLoss(_Loss):
         self.squared = squared
         self.eps = float(eps)
 
-    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, pred: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """Compare two images on one grid; the order of the two does not matter.
 
         Args:
             pred: `(B, C, *spatial)` with one to three spatial axes; channels are compared one by one.
             target: the same shape.
+            weight: `(B, 1, *spatial)`, not negative: how much the window around each voxel counts in the mean; all
+                the same if left out. The windows themselves are not cut by it.
 
         Returns:
             scalar, no unit.
 
         Raises:
-            ValueError: if the shapes differ or are not of that form.
+            ValueError: if the shapes differ or are not of that form, or for a weight that is no such map.
         """
         if pred.shape != target.shape or pred.dim() not in (3, 4, 5):
             raise ValueError(
                 "LocalCorrelationLoss expects two images of one shape (B, C, *spatial) with 1 to 3 spatial axes, "
                 f"got {list(pred.shape)} and {list(target.shape)}."
             )
+        check_weight(weight, pred, "LocalCorrelationLoss")
         # Half precision cannot hold the difference of two means: leave autocast.
         with torch.autocast(pred.device.type, enabled=False):
             a, b = full_precision(pred), full_precision(target)
             maps = torch.cat([a, b, a * a, b * b, a * b], dim=1)
-            mean_a, mean_b, aa, bb, ab = _gaussian_blur(maps, self.sigma).chunk(5, dim=1)
+            mean_a, mean_b, aa, bb, ab = gaussian_blur(maps, self.sigma).chunk(5, dim=1)
             covariance = ab - mean_a * mean_b
             # Rounding can make a variance slightly negative.
             variances = (torch.relu(aa - mean_a**2) + self.eps) * (torch.relu(bb - mean_b**2) + self.eps)
             similarity = covariance**2 / variances if self.squared else covariance / torch.sqrt(variances)
-            return 1.0 - similarity.mean()
+            if weight is None:
+                return 1.0 - similarity.mean()
+            weight = full_precision(weight).expand(similarity.shape)
+            return 1.0 - (weight * similarity).sum() / weight.sum()
 
 
 class DiffusionLoss(_Loss):

@@ -14,7 +14,6 @@ import torch
 
 __all__ = [
     "apply_affine",
-    "axis_order",
     "covering_grid",
     "four_by_four",
     "nearest_order",
@@ -100,8 +99,8 @@ def nearest_order(
         dims: D, the number of spatial axes of both.
 
     Returns:
-        As `axis_order`, which is for axes that agree: for each axis of the array wanted the axis at hand nearest to it,
-        no two the same; and 1, or -1 where that runs the other way.
+        For each axis of the array wanted the axis at hand nearest to it, no two the same; and 1, or -1 where that runs
+        the other way.
 
     Raises:
         ValueError: for an affine that `same_axes` refuses.
@@ -224,68 +223,27 @@ def covering_grid(
     return affine, tuple(int(size) + 1 for size in (extent - _ROUNDING).ceil())
 
 
-def axis_order(
-    affine: torch.Tensor | np.ndarray, target_affine: torch.Tensor | np.ndarray, dims: int
-) -> tuple[list[int], list[int]]:
-    """Return how the axes of one array are the axes of another, permuted and flipped.
+def reordered(values: torch.Tensor, axes: Sequence[int], signs: Sequence[int]) -> torch.Tensor:
+    """Permute and flip the spatial axes of an image; no value is interpolated.
 
     Args:
-        affine: voxel indices of the array at hand to RAS+ millimeters.
-        target_affine: voxel indices of the array wanted to RAS+ millimeters; its origin does not count.
-        dims: D, the number of spatial axes of both.
-
-    Returns:
-        For each axis of the array wanted, the axis of the array at hand that lies along it; and 1 where both have the
-        same direction, -1 where it is reversed.
-
-    Raises:
-        ValueError: if the axes differ by more than order and sign, or for an affine that `same_axes` refuses.
-
-    Example:
-        >>> axis_order(torch.eye(3), torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]), dims=2)
-        ([1, 0], [-1, 1])
-    """
-    steps, _ = _steps_and_origin(affine, dims, "the array at hand")
-    target_steps, _ = _steps_and_origin(target_affine, dims, "the array wanted")
-    share = torch.linalg.solve(steps, target_steps)  # column i: axis i of the target, in voxels of the array at hand
-    axes = share.abs().argmax(dim=0)
-    signs = share.gather(0, axes[None])[0].sign()
-    exact = torch.zeros_like(share).scatter(0, axes[None], signs[None])
-    if len(set(axes.tolist())) < dims or not _same_steps(steps @ exact, target_steps):
-        raise ValueError(
-            f"axis_order expects axes that differ by order and sign alone, got {steps.tolist()} and "
-            f"{target_steps.tolist()}."
-        )
-    return axes.tolist(), [int(sign) for sign in signs]
-
-
-def reordered(values: torch.Tensor, axes: Sequence[int], signs: Sequence[int], is_ddf: bool = False) -> torch.Tensor:
-    """Permute and flip the spatial axes of an image or a field; no value is interpolated.
-
-    Args:
-        values: `(C, *shape)`, or for a ddf `(D, *shape)`, voxels along the array axes.
+        values: `(C, *shape)`.
         axes: for each axis of the result, the axis of `values` it is, 0 to D - 1.
         signs: for each axis of the result, -1 to reverse it, else 1.
-        is_ddf: permute the components as well and change their signs, as they count voxels along the axes.
 
     Returns:
         The same values `(C, *new shape)`, on the grid `reordered_affine` gives.
 
     Raises:
-        ValueError: if the axes are no permutation, the signs not -1 or 1, or the components of a ddf not D.
+        ValueError: if the axes are no permutation, or the signs not -1 or 1.
 
     Example:
-        >>> reordered(torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), axes=[1, 0], signs=[-1, 1], is_ddf=True).tolist()
-        [[[-4.0], [-3.0]], [[2.0], [1.0]]]
+        >>> reordered(torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), axes=[1, 0], signs=[-1, 1]).tolist()
+        [[[2.0], [1.0]], [[4.0], [3.0]]]
     """
-    dims = values.dim() - 1
-    _check_order(axes, signs, dims)
-    if is_ddf and values.shape[0] != dims:
-        raise ValueError(f"reordered expects a ddf of {dims} components on {dims} axes, got {list(values.shape)}.")
-    result = values.permute(0, *(axis + 1 for axis in axes)).flip([i + 1 for i, sign in enumerate(signs) if sign < 0])
-    if is_ddf:
-        result = result[list(axes)] * result.new_tensor(list(signs)).reshape([-1] + [1] * dims)
-    return result.contiguous()
+    _check_order(axes, signs, values.dim() - 1)
+    turned = values.permute(0, *(axis + 1 for axis in axes))
+    return turned.flip([i + 1 for i, sign in enumerate(signs) if sign < 0]).contiguous()
 
 
 def reordered_affine(

@@ -12,24 +12,28 @@ import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor, get_track_meta
 from monai.transforms import MapTransform, SpatialResample, Transform
-from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple, ensure_tuple_rep
+from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 
 from .fields import warp
-from .spaces import axis_order, covering_grid, origin_offset, reordered, reordered_affine, same_axes
+from .lists import result_name
+from .spaces import covering_grid, origin_offset, same_axes
 from .synthesis import DARKEST
+from .world import field_affine, invert_field, map_points, warp_image
 
 __all__ = [
+    "InvertFieldd",
     "MatchAxesd",
     "NormalizeContent",
     "NormalizeContentd",
-    "RestoreOrientationd",
     "RestorePredd",
     "SplitPred",
     "SplitPredd",
     "StackPair",
     "StackPaird",
+    "WarpImaged",
     "WarpLabel",
     "WarpLabeld",
+    "WarpPointsd",
 ]
 
 
@@ -544,52 +548,130 @@ def _as_field(vector: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
     return vector.to(ddf).reshape([-1] + [1] * (ddf.dim() - 1))
 
 
-class RestoreOrientationd(MapTransform):
-    """Put arrays back into the axis order and directions of the file that their grid came from.
-
-    The inverse of `Orientationd` for what was made after it: axes are permuted and flipped, nothing is interpolated,
-    and every voxel stays where it is in the world. The order of the file is read from "original_affine", which
-    `LoadImaged` notes and results inherit from the fixed image. Formats that know no affine (PNG) are loaded with the
-    identity, which is taken where there is no such note.
+class WarpImaged(MapTransform):
+    """Bring images through a displacement field onto its grid, wherever they lie in the world.
 
     Args:
-        keys: images and ddfs, `MetaTensor`s `(C, *shape)`.
-        ddf_keys: those of the keys that are ddfs `(D, *shape)`, voxels: their components follow the axes.
-        allow_missing_keys: skip keys that are not there.
+        keys: images or labels `(C, *moving shape)`, `MetaTensor`s on any grid.
+        field_key: the displacement field `(D, *fixed shape)`, from points of its grid to points of the images; see
+            `equireg.world`.
+        output: where the results go, one name per key.
+        mode: "linear", which makes integer images float32, or "nearest"; one for all keys or one per key.
+        background: the value outside an image.
+        name_keys: items whose file names make the name that the results bear, such as `("moving", "fixed")`; none if
+            left out.
+        allow_missing_keys: skip images that are not there.
 
     Raises:
-        ValueError: if `ddf_keys` are not among the keys; when called, for an item without an affine, or if it differs
-            from the original one by more than the order and direction of axes (and the origin).
+        ValueError: if the names in `output` are not as many as the keys; when called, as `equireg.world.warp_image`.
 
     Example:
-        >>> to_left = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
-        >>> ddf = MetaTensor(torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]]), meta={"original_affine": to_left})
-        >>> RestoreOrientationd("ddf")({"ddf": ddf})["ddf"].tolist()
-        [[[-2.0], [-1.0]], [[4.0], [3.0]]]
+        >>> image = MetaTensor(torch.tensor([[[1.0, 2.0, 3.0]]]), affine=torch.eye(4))
+        >>> field = MetaTensor(torch.tensor([[[0.0, 0.0]], [[1.0, 1.0]]]), affine=torch.eye(4))
+        >>> WarpImaged()({"moving": image, "fixed_to_moving": field})["moved"].tolist()
+        [[[2.0, 3.0]]]
     """
 
     backend = [TransformBackends.TORCH]
 
     def __init__(
         self,
-        keys: KeysCollection = ("moved", "ddf"),
-        ddf_keys: KeysCollection = "ddf",
+        keys: KeysCollection = "moving",
+        field_key: str = "fixed_to_moving",
+        output: KeysCollection = "moved",
+        mode: str | Sequence[str] = "linear",
+        background: float = 0.0,
+        name_keys: Sequence[str] = (),
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.ddf_keys = ensure_tuple(ddf_keys)
-        if not set(self.ddf_keys) <= set(self.keys):
-            raise ValueError(f"RestoreOrientationd expects ddf_keys among the keys {self.keys}, got {self.ddf_keys}.")
+        self.output, self.mode = ensure_tuple_rep(output, len(self.keys)), ensure_tuple_rep(mode, len(self.keys))
+        if len(set(self.output)) < len(self.keys):
+            raise ValueError(f"WarpImaged expects one output name per key, got {output} for {self.keys}.")
+        self.field_key, self.background, self.name_keys = field_key, background, tuple(name_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of the item with every key in the order of its file."""
+        """Return a copy of the item with the results added."""
         item = dict(data)
-        for key in self.key_iterator(item):
-            affine, shape = _affine(item, key, "RestoreOrientationd"), item[key].shape[1:]
-            original = item[key].meta.get("original_affine", torch.eye(4))
-            axes, signs = axis_order(affine, original, len(shape))
-            result = _with_meta(reordered(_plain(item[key]), axes, signs, is_ddf=key in self.ddf_keys), item[key])
-            if isinstance(result, MetaTensor):
-                result.affine = reordered_affine(affine, shape, axes, signs)
-            item[key] = result
+        for key, output, mode in self.key_iterator(item, self.output, self.mode):
+            image = item[key] if item[key].is_floating_point() or mode == "nearest" else item[key].float()
+            item[output] = warp_image(image, item[self.field_key], mode, self.background)
+            if self.name_keys:
+                files = [item[name].meta.get("filename_or_obj") for name in self.name_keys]
+                item[output].meta["filename_or_obj"] = f"{result_name(files)}.nii.gz"
+        return item
+
+
+class WarpPointsd(MapTransform):
+    """Take points through a displacement field.
+
+    Args:
+        keys: points `(N, D)`, RAS+ millimeters, in the space where the field starts: fixed points for a field from
+            fixed to moving points.
+        field_key: the displacement field, see `equireg.world`.
+        output: where the results `(N, D)`, float64, RAS+ millimeters, go, one name per key.
+        allow_missing_keys: skip points that are not there.
+
+    Raises:
+        ValueError: if the names in `output` are not as many as the keys; when called, as `equireg.world.map_points`.
+
+    Example:
+        >>> field = MetaTensor(torch.ones(2, 4, 4), affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0])))
+        >>> WarpPointsd()({"fixed_points": torch.zeros(1, 2), "fixed_to_moving": field})["mapped_points"].tolist()
+        [[2.0, 3.0]]
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        keys: KeysCollection = "fixed_points",
+        field_key: str = "fixed_to_moving",
+        output: KeysCollection = "mapped_points",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output = ensure_tuple_rep(output, len(self.keys))
+        if len(set(self.output)) < len(self.keys):
+            raise ValueError(f"WarpPointsd expects one output name per key, got {output} for {self.keys}.")
+        self.field_key = field_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with the results added."""
+        item = dict(data)
+        for key, output in self.key_iterator(item, self.output):
+            item[output] = map_points(convert_to_tensor(item[key], track_meta=False), [item[self.field_key]])
+        return item
+
+
+class InvertFieldd(Transform):
+    """Invert a displacement field on the grid of an image.
+
+    Args:
+        field_key: the displacement field, see `equireg.world`.
+        grid_key: the image on whose grid the inverse lives: the moving one for a field from fixed to moving points.
+        output_key: where the inverse `(D, *moving shape)` goes.
+
+    Raises:
+        ValueError: when called, as `equireg.world.invert_field`.
+
+    Example:
+        >>> image = MetaTensor(torch.zeros(1, 4, 4), affine=torch.eye(4))
+        >>> field = MetaTensor(torch.ones(2, 4, 4), affine=torch.eye(4))
+        >>> InvertFieldd()({"fixed_to_moving": field, "moving": image})["moving_to_fixed"].unique().tolist()
+        [-1.0]
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self, field_key: str = "fixed_to_moving", grid_key: str = "moving", output_key: str = "moving_to_fixed"
+    ) -> None:
+        self.field_key, self.grid_key, self.output_key = field_key, grid_key, output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with the inverse added."""
+        item = dict(data)
+        image = item[self.grid_key]
+        item[self.output_key] = invert_field(item[self.field_key], field_affine(image), image.shape[1:])
         return item

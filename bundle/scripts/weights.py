@@ -23,6 +23,8 @@ __all__ = [
     "save_atomically",
     "save_weights",
     "shipped_weights",
+    "training_spacing",
+    "weights_record",
 ]
 
 _ARGUMENTS_KEY = "_extra_state"
@@ -39,7 +41,8 @@ def shipped_weights() -> dict[str, dict[str, Any]]:
     """Return what the bundle's metadata says of the weights it ships.
 
     Returns:
-        Name of the weights to their record: `file`, `sha256`, `network` (the arguments of `CARL`), and what they are.
+        Name of the weights to their record: `file`, `sha256`, `network` (the arguments of `CARL`), `spacing_mm` (the
+        spacing they were trained for, or None where it has no meaning), and what they are.
 
     Example:
         >>> all({"file", "sha256", "network"} <= set(record) for record in shipped_weights().values())
@@ -47,6 +50,55 @@ def shipped_weights() -> dict[str, dict[str, Any]]:
     """
     metadata = json.loads((_bundle_folder("configs") / "metadata.json").read_text())
     return metadata["weights"]
+
+
+def weights_record(name_or_path: str | Path) -> dict[str, Any]:
+    """Return what is known of a set of weights without loading it.
+
+    Args:
+        name_or_path: name of shipped weights, or the path of a weights file.
+
+    Returns:
+        At least its `name` and the `sha256` of the file; for shipped weights, also where a path leads to them, their
+        record as well, see `shipped_weights`.
+
+    Raises:
+        FileNotFoundError: if the name is no shipped one and no file has that path.
+
+    Example:
+        >>> weights_record("hippocampus")["spacing_mm"]
+        1.0
+    """
+    shipped = shipped_weights()
+    if str(name_or_path) in shipped:
+        return {"name": str(name_or_path), **shipped[str(name_or_path)]}
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights '{name_or_path}': neither a file nor one of the shipped {', '.join(sorted(shipped))}."
+        )
+    sha256 = _sha256(path)
+    known = next((record for record in shipped.values() if record["sha256"] == sha256), {})
+    return {**known, "file": str(path.absolute()), "name": str(name_or_path), "sha256": sha256}
+
+
+def training_spacing(name_or_path: str | Path) -> float | None:
+    """Return the spacing that a set of weights was trained for.
+
+    Args:
+        name_or_path: name of shipped weights, or the path of a weights file.
+
+    Returns:
+        Millimeters; None if it is not known or has no meaning, so that images keep theirs.
+
+    Raises:
+        FileNotFoundError: if the name is no shipped one and no file has that path.
+
+    Example:
+        >>> training_spacing("hippocampus"), training_spacing("vessels")
+        (1.0, None)
+    """
+    return weights_record(name_or_path).get("spacing_mm")
 
 
 def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -> CARL:
@@ -70,18 +122,10 @@ def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -
         >>> network(torch.rand(1, 1, 64, 64), torch.rand(1, 1, 64, 64)).shape
         torch.Size([1, 2, 64, 64])
     """
-    shipped = shipped_weights()
-    if str(name_or_path) in shipped:
-        record = shipped[str(name_or_path)]
-        path = _bundle_folder("models") / record["file"]
-        if _sha256(path) != record["sha256"]:
-            raise ValueError(f"the shipped weights {path} are damaged: their hash is not the recorded one.")
-    else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no weights '{name_or_path}': neither a file nor one of the shipped {', '.join(sorted(shipped))}."
-            )
+    record = weights_record(name_or_path)
+    path = _bundle_folder("models") / record["file"]  # the path of another file is absolute, and stays
+    if _sha256(path) != record["sha256"]:
+        raise ValueError(f"the shipped weights {path} are damaged: their hash is not the recorded one.")
     state = read_state(path)
     if _ARGUMENTS_KEY not in state:
         raise ValueError(f"{path} does not say which network it belongs to (no entry '{_ARGUMENTS_KEY}').")

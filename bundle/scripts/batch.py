@@ -1,0 +1,315 @@
+"""Many pairs: register and measure all of a list, going on where it was interrupted and where a pair fails."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .evaluation import jsonable, landmark_error, overlap, regularity, round_trip
+from .images import writable_folder
+from .lists import result_name
+from .pairs import PAIR_KEYS, input_names, read_pair
+from .progress import progress
+from .registration import Registrar
+from .results import REPORT, save_registration, write_text
+from .transform_files import read_transform
+from .world import field_affine, sample_transform, warp_image
+
+__all__ = [
+    "Outcome",
+    "evaluate_list",
+    "evaluate_pair",
+    "is_done",
+    "pair_name",
+    "register_list",
+    "register_pair",
+    "require_names",
+    "summary",
+    "write_table",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a pair.
+
+    Args:
+        name: of the pair.
+        status: "registered", "done before" or "failed".
+        message: what went wrong, one sentence.
+    """
+
+    name: str
+    status: str
+    message: str = ""
+
+
+def pair_name(pair: Mapping[str, Any]) -> str:
+    """Return the name of a pair, and so of the folder of its results: its `name`, or that of its files.
+
+    Args:
+        pair: files, `moving` and `fixed` at least.
+
+    Raises:
+        ValueError: if its name is no name for a folder.
+
+    Example:
+        >>> pair_name({"moving": "a/one.nii.gz", "fixed": "b/two.nii.gz"})
+        'one_to_two'
+    """
+    name = str(pair.get("name") or result_name([pair["moving"], pair["fixed"]]))
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError(f"the name of a pair names a folder, got '{name}'.")
+    return name
+
+
+def require_names(pairs: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a list without pairs, or with two of one name, whose results would overwrite each other.
+
+    Args:
+        pairs: files.
+
+    Raises:
+        ValueError: naming the first name that occurs twice.
+    """
+    if not pairs:
+        raise ValueError("there is no pair in the list.")
+    names = [pair_name(pair) for pair in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two pairs of the list are called '{twice}': give each a name of its own in a column 'name'.")
+
+
+def is_done(pair: Mapping[str, Any], folder: Path, options: Mapping[str, Any]) -> bool:
+    """Tell whether a folder holds the results of a pair, made of these inputs with these options.
+
+    Args:
+        pair: files.
+        folder: where its results would be.
+        options: of the `Registrar`.
+
+    Returns:
+        False also if an input is newer than the results, or the report cannot be read.
+    """
+    report = folder / REPORT
+    try:
+        found = json.loads(report.read_text())
+        written = report.stat().st_mtime
+        fresh = all(Path(pair[key]).stat().st_mtime <= written for key in PAIR_KEYS if key in pair)
+        complete = all((folder / name).is_file() for name in found["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    same = found.get("inputs") == input_names(pair) and found.get("options") == json.loads(json.dumps(options))
+    return fresh and complete and same
+
+
+def register_pair(
+    registrar: Registrar,
+    pair: Mapping[str, Any],
+    folder: Path,
+    exports: Sequence[str] = (),
+    picture: bool = True,
+    point_frame: str | None = None,
+) -> Outcome:
+    """Register one pair of a list into a folder, unless that is done; a failure is told, not raised.
+
+    Args:
+        registrar: with the network and the options.
+        pair: files, see `equireg.pairs.PAIR_KEYS`.
+        folder: where the results go.
+        exports: see `equireg.results.save_registration`.
+        picture: draw `qc.png`.
+        point_frame: frame of CSV files of landmarks.
+
+    Returns:
+        What became of it.
+    """
+    name = pair_name(pair)
+    if is_done(pair, folder, registrar.options):
+        return Outcome(name, "done before")
+    try:
+        parts = {key: pair[key] for key in PAIR_KEYS if key in pair}
+        save_registration(registrar(**parts, point_frame=point_frame), folder, exports, picture)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        return Outcome(name, "failed", " ".join(str(error).split()) or type(error).__name__)
+    return Outcome(name, "registered")
+
+
+def evaluate_pair(pair: Mapping[str, Any], point_frame: str | None = None) -> dict[str, float]:
+    """Measure a transform, whichever program made it, by what goes with the images.
+
+    Args:
+        pair: files: `moving`, `fixed` and `fixed_to_moving`, a transform that `equireg.transform_files` reads; and
+            where they are there `moving_to_fixed`, both labels and both landmarks.
+        point_frame: frame of CSV files of landmarks.
+
+    Returns:
+        Folding and smoothness of the transform on the fixed image's grid, and where it can be measured inverse
+        consistency, overlap and distance of landmarks; see `equireg.evaluation`.
+
+    Raises:
+        ValueError: as `equireg.pairs.read_pair`, or if a transform cannot be read or does not fit the images.
+    """
+    parts = read_pair({key: pair.get(key) for key in PAIR_KEYS if not key.endswith("mask")}, None, point_frame)
+    fixed, moving = parts["fixed"], parts["moving"]
+    transform = read_transform(pair["fixed_to_moving"])
+    field = sample_transform(transform, field_affine(fixed), fixed.shape[1:])
+    scores: dict[str, float] = {}
+    if "moving_label" in parts and "fixed_label" in parts:
+        scores.update(overlap(warp_image(parts["moving_label"], field, "nearest"), parts["fixed_label"]))
+    if "moving_points" in parts and "fixed_points" in parts:
+        scores.update(landmark_error(parts["fixed_points"], parts["moving_points"], transform))
+    scores.update(regularity(field))
+    if pair.get("moving_to_fixed"):
+        back = sample_transform(read_transform(pair["moving_to_fixed"]), field_affine(moving), moving.shape[1:])
+        scores.update(round_trip(field, back, fixed.as_tensor() != 0))
+    return scores
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Write rows as a CSV file; columns are those of all rows, in the order in which they first occur.
+
+    Args:
+        rows: at least one; NaN and what is not there become empty cells.
+        path: the file, in a folder that exists.
+
+    Returns:
+        The path.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: "" if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
+    return write_text(text.getvalue(), path)
+
+
+def summary(rows: Iterable[Mapping[str, Any]], worst: int = 3) -> dict[str, dict[str, Any]]:
+    """Summarize the numbers of a table, column by column.
+
+    Args:
+        rows: of the table, each with a `name`.
+        worst: how many of the worst rows to name.
+
+    Returns:
+        For each column of numbers "mean", "sd" (over rows; None for a single one), "median", "count" of rows that have
+        a value, and "worst", the names of the rows where it is worst.
+
+    Example:
+        >>> summary([{"name": "a", "dice": 0.5}, {"name": "b", "dice": 0.7}], worst=1)["dice"]["worst"]
+        ['a']
+    """
+    rows = list(rows)
+    columns = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, (int, float)))
+    result: dict[str, dict[str, Any]] = {}
+    for column in columns:
+        known = [(row[column], row["name"]) for row in rows if _is_number(row.get(column))]
+        if not known:
+            continue
+        values = [value for value, _ in known]
+        better_high = column.startswith("dice")
+        ordered = sorted(known, key=lambda entry: entry[0], reverse=not better_high)
+        result[column] = {
+            "mean": statistics.fmean(values),
+            "sd": statistics.stdev(values) if len(values) > 1 else None,
+            "median": statistics.median(values),
+            "count": len(values),
+            "worst": [name for _, name in ordered[:worst]],
+        }
+    return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def register_list(
+    pairs: Sequence[Mapping[str, Any]],
+    registrar: Registrar,
+    folder: str | Path,
+    exports: Sequence[str] = (),
+    picture: bool = True,
+    point_frame: str | None = None,
+) -> list[Outcome]:
+    """Register the pairs of a list, each into a folder named after it, and note what became of each in `batch.csv`.
+
+    Args:
+        pairs: files, with names that differ.
+        registrar: with the network and the options.
+        folder: where the folders go.
+        exports: see `equireg.results.save_registration`.
+        picture: draw `qc.png` for each.
+        point_frame: frame of CSV files of landmarks.
+
+    Returns:
+        What became of each pair.
+
+    Raises:
+        ValueError: if the folder cannot be written to.
+    """
+    folder = writable_folder(folder)
+    outcomes: list[Outcome] = []
+    for pair in progress(pairs, "registering", "pair"):
+        name = pair_name(pair)
+        outcomes.append(register_pair(registrar, pair, folder / name, exports, picture, point_frame))
+        write_table([vars(outcome) for outcome in outcomes], folder / "batch.csv")
+    return outcomes
+
+
+def evaluate_list(
+    pairs: Sequence[Mapping[str, Any]],
+    registrar: Registrar | None,
+    folder: str | Path,
+    exports: Sequence[str] = (),
+    picture: bool = True,
+    point_frame: str | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, dict[str, Any]]]:
+    """Measure the pairs of a list, registering those that bring no transform, and write `evaluation.csv` and `.json`.
+
+    Args:
+        pairs: files, see `evaluate_pair`; those without `fixed_to_moving` are registered first, see `register_list`.
+        registrar: for these pairs; may be None if there are none.
+        folder: where results go.
+        exports: see `equireg.results.save_registration`.
+        picture: draw `qc.png` for each pair that is registered.
+        point_frame: frame of CSV files of landmarks.
+
+    Returns:
+        A row of numbers for each pair that could be measured, with its `name`; a sentence for each that could not; and
+        the summary of the rows.
+
+    Raises:
+        ValueError: if the folder cannot be written to.
+    """
+    folder = writable_folder(folder)
+    open_pairs = [pair for pair in pairs if not pair.get("fixed_to_moving")]
+    outcomes = [] if registrar is None else register_list(open_pairs, registrar, folder, exports, picture, point_frame)
+    failures = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
+    rows: list[dict[str, Any]] = []
+    for pair in progress(pairs, "measuring", "pair"):
+        name = pair_name(pair)
+        if name in failures:
+            continue
+        try:
+            row: dict[str, Any] = {"name": name}
+            if not pair.get("fixed_to_moving"):
+                made = folder / name
+                pair = {**pair, **{key: made / f"{key}.nii.gz" for key in ("fixed_to_moving", "moving_to_fixed")}}
+                row["seconds"] = json.loads((made / REPORT).read_text())["seconds"]["total"]
+            rows.append({**row, **evaluate_pair(pair, point_frame)})
+        except (ValueError, OSError, ImportError) as error:
+            failures[name] = " ".join(str(error).split())
+    totals = summary(rows)
+    if rows:
+        write_table(rows, folder / "evaluation.csv")
+    result = {"pairs": len(pairs), "failed": failures, "summary": totals}
+    write_text(json.dumps(jsonable(result), indent=2) + "\n", folder / "evaluation.json")
+    return rows, failures, totals

@@ -1,0 +1,117 @@
+"""A pair to register, as it is read from files: images, labels, masks and landmarks, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+
+from .images import read_image, read_label, read_mask
+from .io import itk_grid_affine
+from .landmarks import Landmarks, check_inside, read_landmarks
+from .transform_files import read_affine
+
+__all__ = ["PAIR_KEYS", "input_names", "read_pair"]
+
+# What a pair may consist of, and the image whose grid or space each part shares.
+_LABELS = {"moving_label": "moving", "fixed_label": "fixed"}
+_MASKS = {"moving_mask": "moving", "fixed_mask": "fixed", "similarity_mask": "fixed"}
+_POINTS = {"moving_points": "moving", "fixed_points": "fixed"}
+PAIR_KEYS = ("moving", "fixed", *_LABELS, *_MASKS, *_POINTS, "initial_transform")
+
+
+def read_pair(
+    sources: Mapping[str, Any], spatial_dims: int | None = None, point_frame: str | None = None
+) -> dict[Any, Any]:
+    """Read the parts of a pair and check that they belong together.
+
+    Args:
+        sources: any of `PAIR_KEYS` to where it comes from; None and what is not there is left out.
+            `moving`, `fixed`: see `equireg.images.read_image`. `moving_label`, `fixed_label`, `moving_mask`,
+            `fixed_mask`, `similarity_mask` (on the fixed image): label maps on their image's own grid.
+            `moving_points`, `fixed_points`: `Landmarks` or a file of them, inside their image. `initial_transform`:
+            an affine `(D + 1, D + 1)` from fixed to moving points, RAS+ millimeters, or an ITK file of one.
+        spatial_dims: 2 or 3, what the images should be; as they are if left out.
+        point_frame: frame of CSV files of landmarks, see `equireg.landmarks.read_landmarks`.
+
+    Returns:
+        The same keys: images, labels and masks as `MetaTensor`s `(1, *shape)`, `Landmarks`, and the affine as a tensor.
+
+    Raises:
+        ValueError: naming the file, for whatever is missing, damaged or does not fit.
+        ImportError: if a format needs a package that is not installed.
+    """
+    given = {key: source for key, source in sources.items() if key in PAIR_KEYS and source is not None}
+    pair: dict[Any, Any] = {}
+    for key in ("moving", "fixed"):
+        if key not in given:
+            raise ValueError(f"a pair needs a moving and a fixed image, got no {key} one.")
+        pair[key] = read_image(given[key], f"{key} image", spatial_dims)
+        _require_itk_grid(pair[key], given[key], key)
+    if pair["moving"].dim() != pair["fixed"].dim():
+        raise ValueError(
+            f"moving and fixed image should both be 2D or both 3D, got shapes {list(pair['moving'].shape[1:])} and "
+            f"{list(pair['fixed'].shape[1:])}."
+        )
+    dims = pair["fixed"].dim() - 1
+    for key, source in given.items():
+        role = key.replace("_", " ")
+        if key in _LABELS:
+            pair[key] = read_label(source, role, like=pair[_LABELS[key]])
+        elif key in _MASKS:
+            pair[key] = read_mask(source, role, like=pair[_MASKS[key]])
+        elif key in _POINTS:
+            pair[key] = _read_points(source, pair[_POINTS[key]], point_frame)
+        elif key == "initial_transform":
+            pair[key] = source if isinstance(source, torch.Tensor) else read_affine(source)
+            if pair[key].shape != (dims + 1, dims + 1):
+                raise ValueError(
+                    f"the initial transform should be an affine of {dims}D points, got one of "
+                    f"{len(pair[key]) - 1}D points."
+                )
+    if "moving_points" in pair and "fixed_points" in pair:
+        counts = [len(pair[key].points_mm) for key in ("moving_points", "fixed_points")]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"moving and fixed landmarks should correspond one to one, got {counts[0]} and {counts[1]}."
+            )
+    return pair
+
+
+def input_names(sources: Mapping[str, Any]) -> dict[str, str | None]:
+    """Say where the parts of a pair come from.
+
+    Args:
+        sources: as for `read_pair`.
+
+    Returns:
+        The absolute path of each part that is a file, None for one that was in memory.
+
+    Example:
+        >>> input_names({"moving": torch.zeros(1, 2, 2), "fixed": "/data/fixed.nii.gz"})
+        {'moving': None, 'fixed': '/data/fixed.nii.gz'}
+    """
+    given = {key: sources[key] for key in PAIR_KEYS if sources.get(key) is not None}
+    return {key: str(Path(at).absolute()) if isinstance(at, (str, Path)) else None for key, at in given.items()}
+
+
+def _require_itk_grid(image: MetaTensor, source: Any, key: str) -> None:
+    """Refuse a grid on which a transform that ITK reads could not be written."""
+    try:
+        itk_grid_affine(image.affine, image.dim() - 1)
+    except ValueError as error:
+        name = f" '{source}'" if isinstance(source, (str, Path)) else ""
+        raise ValueError(f"the {key} image{name} should be resampled to a plain grid first: {error}") from error
+
+
+def _read_points(source: Any, image: Any, frame: str | None) -> Landmarks:
+    """Read landmarks that lie in an image."""
+    if isinstance(source, Landmarks):
+        check_inside(source, image.affine, image.shape[1:], "landmarks")
+        return source
+    landmarks = read_landmarks(Path(source), image.affine, frame, dims=image.dim() - 1)
+    check_inside(landmarks, image.affine, image.shape[1:], source)
+    return landmarks

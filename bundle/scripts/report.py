@@ -1,0 +1,140 @@
+"""What a registration reports: what was given, what the network saw of it, and what came out, measured.
+
+A report is made of plain numbers, texts, lists and dictionaries, so that it can be written as JSON.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import monai
+import torch
+from monai.data import MetaTensor
+
+from .evaluation import landmark_error, overlap, regularity, round_trip
+from .fields import compose
+from .world import best_affine, field_affine, sample_transform, warp_image
+
+__all__ = ["describe", "measure", "network_inconsistency"]
+
+
+def describe(seen: Mapping[Any, Any], backgrounds: Sequence[float]) -> dict[str, Any]:
+    """Say what was given, what the network saw of it, and what may be wrong with it.
+
+    Args:
+        seen: a pair after `equireg.preparation.PreparePaird`.
+        backgrounds: value of the background in the moving and in the fixed image.
+
+    Returns:
+        "moving" and "fixed" with file, shape and spacing; "network" with the same of what it saw; "software", and
+        "warnings", a list of sentences.
+    """
+    return {
+        "moving": _image(seen["moving"]),
+        "fixed": _image(seen["fixed"]),
+        "network": {"moving": _image(seen["network_moving"]), "fixed": _image(seen["network_fixed"])},
+        "software": {
+            "equireg": _version(),
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+        "warnings": [
+            warning
+            for name, background in zip(("moving", "fixed"), backgrounds)
+            for warning in _doubts(seen[name], name, None if f"{name}_mask" in seen else background)
+        ],
+    }
+
+
+def measure(
+    pair: Mapping[str, Any],
+    fixed_to_moving: MetaTensor,
+    moving_to_fixed: MetaTensor,
+    moved_label: MetaTensor | None = None,
+    background: float = 0.0,
+) -> dict[str, Any]:
+    """Measure a pair's transforms, and what labels and landmarks say of them.
+
+    Args:
+        pair: as `equireg.pairs.read_pair` returns it.
+        fixed_to_moving: displacement field `(D, *fixed shape)`.
+        moving_to_fixed: displacement field `(D, *moving shape)`.
+        moved_label: the moving label map on the fixed grid, `(1, *fixed shape)`, if there is one.
+        background: value of the background of the fixed image, unless the pair has a mask of it.
+
+    Returns:
+        Folding and smoothness over the whole fixed grid; inverse consistency, displacement and best-fitting affine over
+        the content of the fixed image; and "overlap" and "landmarks" where the pair has both labels and both landmarks.
+    """
+    fixed = pair["fixed"]
+    dims = fixed.dim() - 1
+    content = pair["fixed_mask"].as_tensor().bool() if "fixed_mask" in pair else fixed.as_tensor() != background
+    steps = field_affine(fixed)[:dims, :dims].float()
+    length = torch.einsum("ij,jn->in", steps, fixed_to_moving.as_tensor()[:, content[0]]).norm(dim=0)
+    measured: dict[str, Any] = {
+        **regularity(fixed_to_moving),
+        **round_trip(fixed_to_moving, moving_to_fixed, content),
+        "displacement_mm": {"mean": length.mean().item(), "max": length.max().item()},
+        "best_affine": best_affine(fixed_to_moving, content).tolist(),
+    }
+    if moved_label is not None and "fixed_label" in pair:
+        at_rest = sample_transform([], field_affine(fixed), fixed.shape[1:])
+        before = overlap(warp_image(pair["moving_label"], at_rest, "nearest"), pair["fixed_label"])
+        measured["overlap"] = {**overlap(moved_label, pair["fixed_label"]), "dice_before": before["dice"]}
+    if "moving_points" in pair and "fixed_points" in pair:
+        measured["landmarks"] = landmark_error(pair["fixed_points"], pair["moving_points"], [fixed_to_moving])
+    return measured
+
+
+def network_inconsistency(there: torch.Tensor, back: torch.Tensor, fixed: MetaTensor) -> float:
+    """Return by how much a network's two answers miss undoing each other: large where it matched nothing well.
+
+    Args:
+        there: ddf `(D, *fixed shape)`, voxels.
+        back: ddf `(D, *moving shape)`, voxels of the same size.
+        fixed: the fixed image as the network saw it, background 0.
+
+    Returns:
+        The mean over fixed content, millimeters.
+    """
+    dims = len(there)
+    miss = compose(back[None].double(), there[None].double())[0]
+    distance = torch.einsum("ij,j...->i...", field_affine(fixed)[:dims, :dims], miss).norm(dim=0)
+    return distance[(fixed.as_tensor() != 0).any(dim=0)].mean().item()
+
+
+def _image(image: MetaTensor) -> dict[str, Any]:
+    dims = image.dim() - 1
+    name = image.meta.get("filename_or_obj")
+    spacing = field_affine(image)[:dims, :dims].norm(dim=0).tolist()
+    described = {"shape": list(image.shape[1:]), "spacing_mm": [round(step, 6) for step in spacing]}
+    return described if name is None else {"file": str(name), **described}
+
+
+def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[str]:
+    """Say what looks wrong with an image; its background is None where a mask says what it shows."""
+    if image.meta.get("unplaced"):
+        yield (
+            f"the {name} image does not say where it lies (sform and qform codes are 0): other programs may place it "
+            "elsewhere than this one, and transforms with it; set one of the codes."
+        )
+    if background is None:
+        return
+    lowest = image.min().item()
+    if lowest < background:
+        yield (
+            f"the {name} image has values below its background ({background:g}), down to {lowest:g}: if that is its "
+            f"background, as in CT, say so with background={lowest:g}, or give a mask."
+        )
+    elif not bool((image == background).any()):
+        yield f"the {name} image has no background ({background:g}) at all: everything in it counts as content."
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
