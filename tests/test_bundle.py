@@ -488,7 +488,8 @@ def test_inference_does_not_depend_on_how_files_are_stored(pairs: tuple[Path, in
             results.append((name, in_world(moved), in_world(field, vectors=True)))
     for k, (name, moved, field) in enumerate(results):
         assert name == results[k % 2][0]
-        for found, expected, atol in ((moved, results[k % 2][1], 1e-4), (field, results[k % 2][2], 1e-4)):
+        # Headers round the corner a file starts at, another one in each order, to 4e-6 mm; values change by 50 a voxel.
+        for found, expected, atol in ((moved, results[k % 2][1], 1e-3), (field, results[k % 2][2], 1e-4)):
             assert np.allclose(found[1], expected[1], atol=1e-4)
             assert found[0].shape == expected[0].shape and np.abs(found[0] - expected[0]).max() < atol
     # The answers are far from one vector, so that the test can tell.

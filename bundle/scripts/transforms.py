@@ -558,6 +558,8 @@ class WarpImaged(MapTransform):
         output: where the results go, one name per key.
         mode: "linear", which makes integer images float32, or "nearest"; one for all keys or one per key.
         background: the value outside an image.
+        meta_key: item whose metadata the results carry, the image on whose grid the field lies; if it is not there, the
+            results carry their affine alone.
         name_keys: items whose file names make the name that the results bear, such as `("moving", "fixed")`; none if
             left out.
         allow_missing_keys: skip images that are not there.
@@ -581,6 +583,7 @@ class WarpImaged(MapTransform):
         output: KeysCollection = "moved",
         mode: str | Sequence[str] = "linear",
         background: float = 0.0,
+        meta_key: str | None = "fixed",
         name_keys: Sequence[str] = (),
         allow_missing_keys: bool = False,
     ) -> None:
@@ -588,14 +591,18 @@ class WarpImaged(MapTransform):
         self.output, self.mode = ensure_tuple_rep(output, len(self.keys)), ensure_tuple_rep(mode, len(self.keys))
         if len(set(self.output)) < len(self.keys):
             raise ValueError(f"WarpImaged expects one output name per key, got {output} for {self.keys}.")
-        self.field_key, self.background, self.name_keys = field_key, background, tuple(name_keys)
+        self.field_key, self.background = field_key, background
+        self.meta_key, self.name_keys = meta_key, tuple(name_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of the item with the results added."""
         item = dict(data)
         for key, output, mode in self.key_iterator(item, self.output, self.mode):
             image = item[key] if item[key].is_floating_point() or mode == "nearest" else item[key].float()
-            item[output] = warp_image(image, item[self.field_key], mode, self.background)
+            moved = warp_image(image, item[self.field_key], mode, self.background)
+            like = item.get(self.meta_key) if self.meta_key is not None else None
+            item[output] = moved if like is None else MetaTensor(_plain(moved)).copy_meta_from(like)
+            item[output].affine = moved.affine
             if self.name_keys:
                 files = [item[name].meta.get("filename_or_obj") for name in self.name_keys]
                 item[output].meta["filename_or_obj"] = f"{result_name(files)}.nii.gz"
