@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -397,13 +398,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with 0 after help, 1 after an error or a failed pair, 2 for a command line that makes no sense.
     """
     import fire
-    from fire.decorators import SetParseFns
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # of libraries about themselves; what users should know is printed
     try:
-        _check(words)
-        commands = {name: SetParseFns(**_texts(command))(command) for name, command in COMMANDS.items()}
-        fire.Fire(commands, command=words, name="equireg")
+        fire.Fire(COMMANDS, command=_normalized(words), name="equireg")
     except (ValueError, OSError, ImportError, MemoryError) as error:
         print(f"equireg: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -412,39 +412,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _texts(command: Callable[..., None]) -> dict[str, Callable[[str], str]]:
-    """Return which options of a command are texts: a file called 007 is not the number seven."""
-    annotated = inspect.signature(command).parameters.values()
-    names = [parameter.name for parameter in annotated if parameter.annotation == "str"]
-    return dict.fromkeys((*names, *_TEXT_OPTIONS), str)
+def _normalized(words: Sequence[str]) -> list[str]:
+    """Check the options of a command before it runs, where Fire would do so after, and write them as `--name=value`.
 
-
-def _check(words: Sequence[str]) -> None:
-    """Refuse options that a command does not have before it runs, where Fire would do so after."""
+    Values of texts are quoted, because a file called 007 is not the number seven.
+    """
     command = COMMANDS.get(words[0]) if words else None
     if command is None or {"--help", "-h"} & set(words):
-        return
+        return list(words)
     parameters = inspect.signature(command).parameters
-    known = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-    known |= set(_OPTIONS) if len(known) < len(parameters) else set()
-    rest = iter(words[1:])
+    known = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    texts = {name for name in known if parameters[name].annotation == "str"} | set(_TEXT_OPTIONS)
+    known += _OPTIONS if len(known) < len(parameters) else ()
+    normalized, given, rest = [words[0]], set(), iter(words[1:])
     for word in rest:
-        if not word.startswith("--"):
-            raise SystemExit(_misuse(f"unexpected '{word}': options are given as --name value", words[0]))
-        name, has_value = word[2:].split("=")[0].replace("-", "_"), "=" in word
-        is_switch = name == "picture" or name == "nopicture"
-        if name not in known and not (name == "nopicture" and "picture" in known):
-            near = difflib.get_close_matches(name, known, 1)
-            raise SystemExit(_misuse(f"no option --{name}{f', did you mean --{near[0]}' if near else ''}", words[0]))
-        if not has_value and not is_switch:
-            value = next(rest, None)
-            if value is None or value.startswith("--"):
+        name, equals, value = word.partition("=")
+        name = _option(name, known, words[0])
+        if name in ("picture", "nopicture") and not equals:
+            normalized.append(f"--{name}")
+        else:
+            value = value if equals else next(rest, "--")
+            if value.startswith("--"):
                 raise SystemExit(_misuse(f"--{name} needs a value", words[0]))
-    given = {word[2:].split("=")[0].replace("-", "_") for word in words[1:]}
-    missing = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
-    missing = [name for name in missing if name not in given]
+            normalized.append(f"--{name}={value!r}" if name in texts else f"--{name}={value}")
+        given.add(name)
+    missing = [name for name in known if name in parameters and parameters[name].default is inspect.Parameter.empty]
+    missing = [f"--{name}" for name in missing if name not in given]
     if missing:
-        raise SystemExit(_misuse(f"{', '.join(f'--{name}' for name in missing)} missing", words[0]))
+        raise SystemExit(_misuse(f"{', '.join(missing)} missing", words[0]))
+    return normalized
+
+
+def _option(word: str, known: Sequence[str], command: str) -> str:
+    """Return the name of an option that a command has, given as `--name` or by a letter, as the help shows them."""
+    name = word.lstrip("-").replace("-", "_")
+    if word.startswith("--") and (name in known or (name == "nopicture" and "picture" in known)):
+        return name
+    short = [option for option in known if option[0] == name]
+    if word.startswith("-") and not word.startswith("--") and len(short) == 1:
+        return short[0]
+    if not word.startswith("-"):
+        raise SystemExit(_misuse(f"unexpected '{word}': options are given as --name value", command))
+    near = difflib.get_close_matches(name, known, 1)
+    raise SystemExit(_misuse(f"no option {word}{f', did you mean --{near[0]}' if near else ''}", command))
 
 
 def _misuse(problem: str, command: str) -> int:

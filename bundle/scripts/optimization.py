@@ -137,12 +137,11 @@ class FieldOptimization:
         ValueError: if an option is not of these forms.
 
     Example:
-        >>> fixed = torch.zeros(1, 1, 24, 24)
-        >>> fixed[..., 8:16, 9:17] = torch.rand(8, 8)
-        >>> start = torch.zeros(1, 2, 24, 24)
-        >>> ddf = FieldOptimization(steps=20)(None, fixed.roll(1, 2), fixed, start)
-        >>> ddf[0, 0, 12, 12].item() > 0.5  # the moving image's content lies one voxel further
-        True
+        >>> from equireg.fields import identity_grid
+        >>> cone = (8 - (identity_grid([25, 25]) - 12).norm(dim=1, keepdim=True)).clamp(min=0)
+        >>> ddf = FieldOptimization(steps=20)(None, cone.roll(2, dims=2), cone, torch.zeros(1, 2, 25, 25))
+        >>> [round(value) for value in ddf[0, :, 12, 12].tolist()]  # the moving image's cone lies two voxels further
+        [2, 0]
     """
 
     def __init__(

@@ -28,13 +28,15 @@ def describe(seen: Mapping[Any, Any], backgrounds: Sequence[float]) -> dict[str,
         backgrounds: value of the background in the moving and in the fixed image.
 
     Returns:
-        "moving" and "fixed" with file, shape and spacing; "network" with the same of what it saw; "software", and
-        "warnings", a list of sentences.
+        "moving" and "fixed" with file, shape and spacing; "network" with the same of what it saw, and the share of its
+        voxels that were content; "software", and "warnings", a list of sentences.
     """
     return {
         "moving": _image(seen["moving"]),
         "fixed": _image(seen["fixed"]),
-        "network": {"moving": _image(seen["network_moving"]), "fixed": _image(seen["network_fixed"])},
+        "network": {
+            name: {**_image(seen[f"network_{name}"]), "content": _content(seen, name)} for name in ("moving", "fixed")
+        },
         "software": {
             "equireg": _version(),
             "torch": torch.__version__,
@@ -115,6 +117,11 @@ def _image(image: MetaTensor) -> dict[str, Any]:
     return described if name is None else {"file": str(name), **described}
 
 
+def _content(seen: Mapping[Any, Any], name: str) -> float:
+    """Return which share of what the network saw was content."""
+    return round((seen[f"network_{name}"].as_tensor() != 0).any(dim=0).float().mean().item(), 4)
+
+
 def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[str]:
     """Say what looks wrong with an image; its background is None where a mask says what it shows."""
     if image.meta.get("unplaced"):
@@ -130,8 +137,6 @@ def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[
             f"the {name} image has values below its background ({background:g}), down to {lowest:g}: if that is its "
             f"background, as in CT, say so with background={lowest:g}, or give a mask."
         )
-    elif not bool((image == background).any()):
-        yield f"the {name} image has no background ({background:g}) at all: everything in it counts as content."
 
 
 def _version() -> str:
