@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint format demo train-hippocampus train-vessels clean
+.PHONY: help venv test test-slow test-ants lint format demo train-hippocampus train-vessels clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,13 @@ test: $(STAMP) ## run the tests, without the slow ones
 
 test-slow: $(STAMP) ## run the slow tests only
 	@$(BIN)/python -m pytest -q -m slow
+
+# ANTs stays out of the project's own environment: it is an oracle, not a dependency.
+test-ants: ## check that ANTs makes the same of our transforms, in an environment of its own (.venv-ants)
+	@test -x .venv-ants/bin/python || $(PYTHON) -m venv .venv-ants
+	@.venv-ants/bin/python -m pip install -qq $(TORCH) setuptools
+	@.venv-ants/bin/python -m pip install -qq --no-build-isolation -e '.[all,test]' antspyx==0.6.3
+	@.venv-ants/bin/python -m pytest -q tests/test_ants.py
 
 lint: $(STAMP) ## check style, formatting and types
 	@$(BIN)/python -m ruff check bundle tests
@@ -50,5 +57,5 @@ train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=
 	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir "$(data)" --output_dir ../output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
-	@rm -rf $(VENV) build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf $(VENV) .venv-ants build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find bundle tests -name __pycache__ -type d -prune -exec rm -rf {} +

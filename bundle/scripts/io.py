@@ -1,8 +1,8 @@
 """Displacement fields as files that ITK, SimpleITK and ANTs read.
 
 Inside the project a ddf counts voxels along array axes on a grid whose affine maps voxel indices to RAS+ millimeters.
-ITK wants millimeters along the world axes of LPS+, where x and y point the other way. This module is the only place
-that knows. Both sides pull back: a point of the fixed image goes to the point of the moving image it is compared with.
+ITK wants millimeters along the world axes of LPS+, where x and y point the other way. Both sides pull back: a point of
+the fixed image goes to the point of the moving image it is compared with.
 """
 
 from __future__ import annotations

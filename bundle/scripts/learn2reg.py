@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import uuid
+import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -23,16 +25,18 @@ from .fields import full_precision, jacobian_determinant
 
 __all__ = ["learn2reg_folding_count", "learn2reg_sd_log_jacobian", "read_learn2reg", "write_learn2reg"]
 
-_SUFFIXES = (".nii.gz", ".nii")
+_SUFFIXES = (".nii.gz", ".nii", ".npz")
 _CUT = 2  # voxels left out at every side
 
 
 def write_learn2reg(ddf: torch.Tensor | np.ndarray, path: str | os.PathLike[str]) -> Path:
     """Write a displacement as `disp_*.nii.gz`: shape `(X, Y, Z, 3)`, voxels, float32, no orientation.
 
+    Learn2Reg also takes `.npz`: the same array in float16, whose steps are 1/32 voxel from 32 voxels on.
+
     Args:
         ddf: `(3, X, Y, Z)`, or `(2, X, Y)`, voxels along the array axes, finite.
-        path: file to write, ending in `.nii` or `.nii.gz`, in a folder that exists.
+        path: file to write, ending in `.nii`, `.nii.gz` or `.npz`, in a folder that exists.
 
     Returns:
         The path written; the file appears whole or not at all.
@@ -52,12 +56,18 @@ def write_learn2reg(ddf: torch.Tensor | np.ndarray, path: str | os.PathLike[str]
     suffix = next((s for s in _SUFFIXES if path.name.endswith(s) and path.name != s), None)
     values = convert_to_tensor(ddf, track_meta=False).detach().cpu().float()
     if suffix is None or not path.parent.is_dir():
-        raise ValueError(f"a displacement is written to a .nii or .nii.gz in a folder that exists, got '{path}'.")
+        raise ValueError(f"a displacement is written to a .nii, .nii.gz or .npz in a folder that exists, got '{path}'.")
     if values.dim() not in (3, 4) or values.shape[0] != values.dim() - 1 or not bool(torch.isfinite(values).all()):
         raise ValueError(f"expected a finite displacement (D, *shape) with D = 2 or 3, got {list(values.shape)}.")
+    array = values.movedim(0, -1).numpy()
+    if suffix == ".npz" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(f"'{path}' holds displacements up to 65504 voxels, got {np.abs(array).max()}.")
     temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
     try:
-        nib.save(nib.Nifti1Image(values.movedim(0, -1).numpy(), np.eye(4)), temporary)
+        if suffix == ".npz":
+            np.savez_compressed(temporary, array.astype(np.float16))
+        else:
+            nib.save(nib.Nifti1Image(array, np.eye(4)), temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"cannot write the displacement: {error.strerror}", str(path)) from error
@@ -70,7 +80,9 @@ def read_learn2reg(path: str | os.PathLike[str]) -> torch.Tensor:
     """Read what `write_learn2reg` or a participant of the challenges wrote.
 
     Args:
-        path: NIfTI file of shape `(X, Y, Z, 3)` or `(X, Y, 2)`, voxels.
+        path: NIfTI file, or `.npz` with one array, of shape `(X, Y, Z, 3)` or `(X, Y, 2)`, voxels; NIfTI also of shape
+            `(3, X, Y, Z)`, which LUMIR takes. `.npz` of that shape were those of the challenges of 2020 and 2021, which
+            held displacements in full voxels on a grid of half or full resolution, and are refused.
 
     Returns:
         The ddf `(D, *shape)`, float32, voxels.
@@ -78,13 +90,25 @@ def read_learn2reg(path: str | os.PathLike[str]) -> torch.Tensor:
     Raises:
         ValueError: if the file is missing, damaged, or of another shape.
     """
+    damaged = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, nib.filebasedimages.ImageFileError)
+    numpy = Path(path).name.endswith(".npz")
     try:
-        values = nib.load(path).get_fdata(dtype=np.float32)  # type: ignore[attr-defined]
-    except (OSError, EOFError, nib.filebasedimages.ImageFileError) as error:
+        values = _only_array(path) if numpy else nib.load(path).get_fdata(dtype=np.float32)  # type: ignore[attr-defined]
+    except damaged as error:
         raise ValueError(f"'{path}' is no displacement that can be read: {error}") from error
+    if not numpy and values.ndim == 4 and values.shape[0] == 3 != values.shape[-1]:
+        values = np.moveaxis(values, 0, -1)
     if values.ndim not in (3, 4) or values.shape[-1] != values.ndim - 1 or not np.isfinite(values).all():
         raise ValueError(f"'{path}' should hold finite displacements (X, Y, Z, 3) or (X, Y, 2), got {values.shape}.")
     return torch.from_numpy(np.moveaxis(values, -1, 0).copy())
+
+
+def _only_array(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read the array of real numbers that an `.npz` file holds under any name."""
+    with np.load(path) as arrays:
+        if len(arrays.files) != 1 or arrays[arrays.files[0]].dtype.kind not in "fiu":
+            raise ValueError(f"it should hold one array of real numbers, got {arrays.files}")
+        return arrays[arrays.files[0]].astype(np.float32)
 
 
 def learn2reg_sd_log_jacobian(ddf: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,13 @@ only NIfTI fields do without.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import struct
+import tempfile
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.utils import convert_to_tensor
 
 from .io import itk_grid_affine, read_displacement_field, write_displacement_field
 from .spaces import world_matrix
@@ -27,7 +33,7 @@ _NIFTI = (".nii", ".nii.gz")
 _IMAGES = (".nrrd", ".nhdr", ".mha", ".mhd")
 _WITH_FIELDS = (".h5", ".hdf5")
 _AFFINES = (".tfm", ".mat", *_WITH_FIELDS)
-_TRANSFORMS = (".txt", ".xfm", *_AFFINES)
+_TRANSFORMS = (".txt", *_AFFINES)
 
 
 def read_transform(path: str | os.PathLike[str]) -> list[torch.Tensor]:
@@ -35,7 +41,7 @@ def read_transform(path: str | os.PathLike[str]) -> list[torch.Tensor]:
 
     Args:
         path: a displacement field (`.nii`, `.nii.gz`, `.nrrd`, `.nhdr`, `.mha`, `.mhd`), or an ITK transform file
-            (`.tfm`, `.txt`, `.mat`, `.h5`, `.hdf5`, `.xfm`) that holds a linear transform, a displacement field, or a
+            (`.tfm`, `.txt`, `.mat`, `.h5`, `.hdf5`) that holds a linear transform, a displacement field, or a
             composite of them.
 
     Returns:
@@ -63,9 +69,12 @@ def read_transform(path: str | os.PathLike[str]) -> list[torch.Tensor]:
             return [as_field(*read_displacement_field(path))]
         itk = _itk(path)
         if suffix in _IMAGES:
-            return [_field(itk, itk.imread(os.fspath(path)), path)]
-        found = itk.transformread(os.fspath(path))
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError) as error:
+            # ITK's own choice of a pixel type cannot be read where components are of double precision.
+            image = itk.imread(os.fspath(path), pixel_type=itk.VariableLengthVector[itk.D])
+            return [_field(itk, image, path)]
+        _require_whole(path, suffix)
+        found = _transforms(itk, path, suffix)
+    except (RuntimeError, OSError, EOFError, LookupError, TypeError, zlib.error) as error:
         raise ValueError(f"the transform '{path}' cannot be read: {_reason(error)}") from error
     if len(found) != 1:
         raise ValueError(f"'{path}' should hold one transform, got {len(found)}, whose order is not defined.")
@@ -123,14 +132,15 @@ def write_transform(transform: Sequence[torch.Tensor], path: str | os.PathLike[s
 
     Args:
         transform: the steps, first to last, at least one.
-        path: file to write, in a folder that exists: `.nii` or `.nii.gz` for one displacement field; `.tfm` or `.mat`
-            for affines; `.h5` or `.hdf5` for anything.
+        path: file to write, in a folder that exists: `.nii` or `.nii.gz` for one displacement field; `.mat` for one
+            affine; `.tfm` for affines; `.h5` or `.hdf5` for anything.
 
     Returns:
         The path written; the file appears whole or not at all.
 
     Raises:
-        ValueError: if there is no step or one is none, if the path ends otherwise or its folder does not exist.
+        ValueError: if there is no step or one is none, if their numbers of axes differ, or if the path ends otherwise
+            or its folder does not exist.
         ImportError: if the file needs `itk`, which is not installed.
         OSError: if the file cannot be written.
 
@@ -147,12 +157,17 @@ def write_transform(transform: Sequence[torch.Tensor], path: str | os.PathLike[s
     fields = [step for step in transform if isinstance(step, MetaTensor)]
     if not transform or not path.parent.is_dir():
         raise ValueError(f"a transform of at least one step is written to a folder that exists, got '{path}'.")
+    axes = {step.dim() - 1 if isinstance(step, MetaTensor) else len(step) - 1 for step in transform}
+    if len(axes) > 1:
+        raise ValueError(f"the steps of '{path}' should have one number of axes, got {sorted(axes)}.")
     if suffix in _NIFTI:
         if len(transform) != 1 or not fields:
             raise ValueError(f"'{path}' holds one displacement field; chain the steps into one, or write them as .h5.")
         return write_displacement_field(fields[0], fields[0].affine, path)
     if fields and suffix not in _WITH_FIELDS:
         raise ValueError(f"a displacement field is written as .nii.gz or .h5, not as '{path}'.")
+    if suffix == ".mat" and len(transform) > 1:  # ITK would write it, and not read it again
+        raise ValueError(f"'{path}' holds one affine; multiply the steps into one, or write them as .tfm or .h5.")
     itk = _itk(path)
     steps = [_to_itk(itk, step) for step in transform]
     whole = steps[0]
@@ -160,7 +175,24 @@ def write_transform(transform: Sequence[torch.Tensor], path: str | os.PathLike[s
         whole = itk.CompositeTransform[itk.D, steps[0].GetInputSpaceDimension()].New()
         for step in reversed(steps):  # points pass through the transform that was added last first
             whole.AddTransform(step)
-    return _save(path, suffix, lambda name: itk.transformwrite([whole], name, compression=bool(fields)))
+    return _save(path, suffix, lambda name: _write(itk, whole, name, suffix))
+
+
+def _transforms(itk: Any, path: Path, suffix: str) -> list[Any]:
+    """Read an ITK transform file; ITK for Python does not know the general affine of ANTs by its name."""
+    if suffix in _WITH_FIELDS:
+        return itk.transformread(os.fspath(path))
+    data = path.read_bytes()
+    pad = bytes(1) if suffix == ".mat" else b" "  # the length of a name is part of MATLAB files
+    known = re.sub(
+        rb"MatrixOffsetTransformBase(_\w+?_\d_\d)", lambda m: (b"AffineTransform" + m[1]).ljust(len(m[0]), pad), data
+    )
+    if known == data:
+        return itk.transformread(os.fspath(path))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, f"affine{suffix}")
+        copy.write_bytes(known)
+        return itk.transformread(os.fspath(copy))
 
 
 def _steps(itk: Any, transform: Any, path: Path) -> list[torch.Tensor]:
@@ -169,8 +201,9 @@ def _steps(itk: Any, transform: Any, path: Path) -> list[torch.Tensor]:
     kind = transform.GetNameOfClass()
     if kind == "CompositeTransform":
         parts = [transform.GetNthTransform(i) for i in range(transform.GetNumberOfTransforms())]
-        return [step for part in reversed(parts) for step in _steps(itk, part, path)]
-    if kind == "DisplacementFieldTransform":
+        steps = [step for part in reversed(parts) for step in _steps(itk, part, path)]
+        return steps or [torch.eye(transform.GetInputSpaceDimension() + 1, dtype=torch.float64)]
+    if kind.endswith("DisplacementFieldTransform"):  # some smooth their updates, and move points alike
         return [_field(itk, transform.GetDisplacementField(), path)]
     if not transform.IsLinear():
         raise ValueError(
@@ -188,10 +221,15 @@ def _steps(itk: Any, transform: Any, path: Path) -> list[torch.Tensor]:
 
 def _field(itk: Any, image: Any, path: Path) -> MetaTensor:
     """Turn an ITK image of displacements, LPS+ millimeters, into a displacement field."""
+    if image is None:
+        raise ValueError(f"the displacement field '{path}' has no values; the file may end early.")
     dims = image.GetImageDimension()
     values = itk.array_from_image(image)
     if values.ndim != dims + 1 or values.shape[-1] != dims or dims not in (2, 3):
-        raise ValueError(f"'{path}' should hold a displacement of D components at each voxel of a D-dimensional grid.")
+        raise ValueError(
+            f"'{path}' should hold D components at each voxel of a grid of D = 2 or 3 axes, got "
+            f"{list(values.shape)} on {dims} axes."
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"the displacement field '{path}' holds NaN or infinity.")
     grid = np.eye(dims + 1)
@@ -207,12 +245,18 @@ def _to_itk(itk: Any, step: torch.Tensor) -> Any:
     """Turn a step into an ITK transform of double precision."""
     if not isinstance(step, MetaTensor):
         dims = len(step) - 1
-        matrix = _flip(dims) @ world_matrix(step, dims).numpy() @ _flip(dims)
+        linear = world_matrix(step.detach(), dims)
+        if step[-1].tolist() != linear[-1].tolist():
+            raise ValueError(f"the last row of an affine should be {linear[-1].tolist()}, got {step[-1].tolist()}.")
+        matrix = _flip(dims) @ linear.numpy() @ _flip(dims)
         affine = itk.AffineTransform[itk.D, dims].New()
         affine.SetMatrix(itk.matrix_from_array(np.ascontiguousarray(matrix[:dims, :dims])))
         affine.SetTranslation(matrix[:dims, dims].tolist())
         return affine
     dims = step.dim() - 1
+    values = convert_to_tensor(step, track_meta=False).detach().cpu().double()
+    if step.shape[0] != dims or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"expected a finite displacement field (D, *shape) with D = 2 or 3, got {list(step.shape)}.")
     itk_grid_affine(step.affine, dims)
     grid = _flip(dims) @ field_affine(step).numpy()
     spacing = np.linalg.norm(grid[:dims, :dims], axis=0)
@@ -222,7 +266,7 @@ def _to_itk(itk: Any, step: torch.Tensor) -> Any:
     image.SetOrigin(grid[:dims, dims].tolist())
     image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(grid[:dims, :dims] / spacing)))
     image.Allocate()
-    millimeters = np.einsum("ij,j...->...i", grid[:dims, :dims], step.as_tensor().double().numpy())
+    millimeters = np.einsum("ij,j...->...i", grid[:dims, :dims], values.numpy())
     itk.array_view_from_image(image)[...] = millimeters.transpose([*range(dims - 1, -1, -1), dims])
     field = itk.DisplacementFieldTransform[itk.D, dims].New()
     field.SetDisplacementField(image)
@@ -234,6 +278,48 @@ def _flip(dims: int) -> np.ndarray:
     return np.diag([*(-1.0, -1.0, 1.0)[:dims], 1.0])
 
 
+def _write(itk: Any, transform: Any, name: str, suffix: str) -> None:
+    """Write an ITK transform; of text and MATLAB files, in which ITK overlooks a full disk, read what was written."""
+    itk.transformwrite([transform], name, compression=suffix in _WITH_FIELDS)
+    if suffix in _WITH_FIELDS:
+        return
+    _require_whole(Path(name), suffix)
+    (again,) = itk.transformread(name)
+    for get in ("GetParameters", "GetFixedParameters"):
+        if not np.array_equal(np.array(getattr(again, get)()), np.array(getattr(transform, get)())):
+            raise RuntimeError("the file does not hold what was written")
+
+
+def _require_whole(path: Path, suffix: str) -> None:
+    """Refuse text and MATLAB files that end early: ITK makes up what is missing, or reads on forever."""
+    if suffix in (".tfm", ".txt"):
+        tags = [line.partition(b":") for line in path.read_bytes().splitlines()]
+        kinds = [value for tag, _, value in tags if tag.strip() == b"Transform"]
+        expected = sum(b"CompositeTransform" not in kind for kind in kinds)
+        counts = {name: sum(tag.strip() == name for tag, _, _ in tags) for name in (b"Parameters", b"FixedParameters")}
+        if not kinds or any(count != expected for count in counts.values()):
+            raise RuntimeError("it is no ITK transform, or ends early")
+    elif suffix == ".mat" and not _is_whole_matlab(path.read_bytes()):
+        raise RuntimeError("it is no ITK transform in MATLAB format 4, or ends early")
+
+
+def _is_whole_matlab(data: bytes) -> bool:
+    """Follow the arrays of a MATLAB file of format 4 to its end; ITK writes two for each transform.
+
+    Reference: MAT-File Format, chapter 2, https://www.mathworks.com/help/pdf_doc/matlab/matfile_format.pdf.
+    """
+    position = count = 0
+    while position + 20 <= len(data):
+        order = "<" if data[position + 2 : position + 4] == bytes(2) else ">"  # the first number is below 10000
+        kind, rows, columns, imaginary, name = struct.unpack_from(f"{order}5i", data, position)
+        size = {0: 8, 1: 4}.get(kind // 10 % 10)  # double or single precision
+        if size is None or imaginary or min(rows, columns, name) < 0:
+            return False
+        position += 20 + name + rows * columns * size
+        count += 1
+    return position == len(data) and count > 0 and count % 2 == 0
+
+
 def _save(path: Path, suffix: str, write: Callable[[str], Any]) -> Path:
     """Write a file under another name, and give it its own when it is complete."""
     temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
@@ -241,7 +327,9 @@ def _save(path: Path, suffix: str, write: Callable[[str], Any]) -> Path:
         write(os.fspath(temporary))
         os.replace(temporary, path)
     except RuntimeError as error:  # how ITK reports a full disk as well
-        raise OSError(f"cannot write the transform '{path}': {_reason(error)}") from error
+        raise OSError(errno.EIO, f"cannot write the transform: {_reason(error)}", str(path)) from error
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the transform: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -269,4 +357,7 @@ def _itk(path: Path) -> Any:
 def _reason(error: Exception) -> str:
     """Return the line of an error that says what is wrong; ITK's are long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if lines and lines[-1].startswith("[nrrd]"):
+        return lines[-1]
+    named = [re.sub(r"^ITK ERROR: (\w+\(\w+\): )?", "", line) for line in lines if line.startswith("ITK ERROR")]
+    return (named or lines or [type(error).__name__])[0]
