@@ -17,8 +17,11 @@ import pytest
 import SimpleITK as sitk
 import torch
 from helpers_bundle import blob, random_weights
-from helpers_grids import field, lps
+from helpers_grids import field, grid, lps
 from monai.data import MetaTensor
+from scipy.ndimage import affine_transform
+from scipy.spatial.transform import Rotation
+from test_registration import anatomy
 
 import equireg
 from equireg.cli import COMMANDS, main
@@ -112,6 +115,62 @@ def test_warp_brings_images_labels_and_points_where_register_does(scans: Path, t
     assert run(*words, tmp_path / "no" / "points.csv") == 1 and tmp_path.stat().st_mtime == before
 
 
+def known_image(data: Path | None) -> np.ndarray:
+    """Return an image with background 0 all around: a made-up organ, or a hippocampus."""
+    if data is None:
+        return anatomy()
+    path = sorted((data / "Task04_Hippocampus" / "imagesTr").glob("*.nii.gz"))[3]
+    return np.pad(nib.load(path).get_fdata(dtype=np.float32), 8)
+
+
+@pytest.mark.parametrize("kind", ["made up", "hippocampus"])
+def test_a_known_rotation_is_recovered_with_sign_in_millimeters(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Turned by scipy, not by us, and stored from right to left: the affine that fits best is that rotation."""
+    values = known_image(request.getfixturevalue("shared_data") if kind == "hippocampus" else None)
+    turn = Rotation.from_rotvec(np.deg2rad(8) * np.array([0.6, 0.0, 0.8])).as_matrix()
+    middle = np.array(values.shape) / 2 - 0.5
+    turned = affine_transform(values, turn, middle - turn @ middle, order=1)
+    turned[turned < 0.05 * values.max()] = 0
+    affine = np.diag([-1.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = [200.0, -30.0, 10.0]
+    for name, array in (("moving", values), ("fixed", turned)):
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+    files = [word for name in ("moving", "fixed") for word in (f"--{name}", tmp_path / f"{name}.nii.gz")]
+    words = ["register", *files, "--weights", "hippocampus", "--optimize", 40, "--exports", "affine", "--nopicture"]
+    assert run(*words, "--output", tmp_path / "out") == 0
+    rotation = np.eye(4)
+    rotation[:3, :3], rotation[:3, 3] = turn, middle - turn @ middle
+    rotation = affine @ rotation @ np.linalg.inv(affine)  # of points of the world, not of indices
+    world = affine[:3, :3] @ np.argwhere(turned > 0).T + affine[:3, 3:]
+
+    def apart(matrix: np.ndarray) -> float:
+        """Mean distance in millimeters between where a matrix and the rotation take the content."""
+        return np.linalg.norm((matrix - rotation)[:3, :3] @ world + (matrix - rotation)[:3, 3:], axis=0).mean()
+
+    found = read_affine(tmp_path / "out" / "affine.tfm").numpy()
+    assert apart(np.eye(4)) > 1.4 and apart(np.linalg.inv(rotation)) > 2.8 and apart(found) < 0.5
+
+
+def test_a_known_translation_is_recovered_with_sign_in_millimeters(tmp_path: Path) -> None:
+    """The same organ twice, one of them moved in the world by its header: what lies between them is that move."""
+    values, shift = anatomy(), np.array([412.0, -77.5, 33.25])
+    affines = {"fixed": grid(3, 2, (1.0, 1.0, 1.0)), "moving": grid(3, 2, (1.0, 1.0, 1.0))}
+    affines["moving"][:3, 3] += shift
+    found = {}
+    for name, affine in affines.items():
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / f"{name}.nii.gz")
+    for name in affines:
+        pair = ["--moving", tmp_path / f"{name}.nii.gz", "--fixed", tmp_path / "fixed.nii.gz"]
+        assert run("register", *pair, "--output", tmp_path / name, "--nopicture") == 0
+        (found[name],) = read_transform(tmp_path / name / "fixed_to_moving.nii.gz")
+    points = torch.from_numpy(np.argwhere(values > 0) @ affines["fixed"][:3, :3].T + affines["fixed"][:3, 3])
+    apart, alone = (map_points(points, [found[name]]).numpy() for name in ("moving", "fixed"))
+    assert np.abs(apart - alone - shift).max() < 1e-3
+    assert np.linalg.norm(apart - points.numpy() - shift, axis=1).mean() < 0.5
+
+
 def test_compose_invert_and_affine_against_points(tmp_path: Path) -> None:
     shape, affine = (17, 15, 13), np.diag([1.0, 1.5, 2.0, 1.0])
     there = field(shape, affine, 3, strength=0.5)
@@ -120,8 +179,7 @@ def test_compose_invert_and_affine_against_points(tmp_path: Path) -> None:
     turn[:3, :3] = [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     turn[:3, 3] = [5.0, -6.0, 7.0]
     write_affine(torch.from_numpy(turn), tmp_path / "turn.tfm")
-    grid = MetaTensor(torch.rand(1, *shape), affine=affine)
-    write_image(grid, tmp_path / "grid.nii.gz")
+    write_image(MetaTensor(torch.rand(1, *shape), affine=affine), tmp_path / "grid.nii.gz")
     points = torch.tensor([[6.0, 9.0, 12.0], [8.0, 7.5, 10.0]], dtype=torch.float64)
     expected = map_points(points, [there, torch.from_numpy(turn)])
     both = f"{tmp_path / 'field.nii.gz'},{tmp_path / 'turn.tfm'}"

@@ -14,15 +14,14 @@ import torch
 from helpers_bundle import random_network
 from helpers_grids import centered, grid, image, lps
 from monai.data import MetaTensor
-from scipy.ndimage import affine_transform
-from scipy.spatial.transform import Rotation
+from scipy.ndimage import gaussian_filter
 
 import equireg
 from equireg.images import read_image, write_image
 from equireg.landmarks import Landmarks
 from equireg.registration import Registrar, register
 from equireg.results import save_registration
-from equireg.world import best_affine, field_affine, index_displacement, map_points
+from equireg.world import field_affine, index_displacement, map_points
 
 SHAPES = {2: ((26, 31), (29, 22)), 3: ((17, 23, 14), (21, 15, 19))}
 SPACINGS = {2: ((1.3, 0.9), (0.8, 1.6)), 3: ((1.0, 0.8, 2.2), (1.4, 1.1, 0.9))}
@@ -38,17 +37,15 @@ def files(folder: Path, dims: int, seed: int = 0) -> tuple[Path, Path]:
 
 
 def anatomy(shape: tuple[int, ...] = (40, 52, 38)) -> np.ndarray:
-    """Return a made-up organ in which every place looks its own way, background 0: ellipsoids within an ellipsoid."""
+    """Return a made-up organ in which every place looks its own way, background 0: an ellipsoid of cells."""
     random = np.random.default_rng(4)
     index = np.indices(shape).astype(float)
     middle = np.reshape(np.array(shape) / 2 - 0.5, (3, 1, 1, 1))
-    values = np.where((((index - middle) / np.reshape([15, 20, 14], (3, 1, 1, 1))) ** 2).sum(axis=0) < 1, 60.0, 0.0)
-    organ = values > 0
-    for _ in range(60):
-        center = middle + random.uniform(-1, 1, (3, 1, 1, 1)) * np.reshape([12, 17, 11], (3, 1, 1, 1))
-        size = random.uniform(1.5, 4, (3, 1, 1, 1))
-        values += random.uniform(-40, 60) * np.exp(-(((index - center) / size) ** 2).sum(axis=0))
-    return np.where(organ, np.clip(values, 5, 250), 0).astype(np.float32)
+    organ = (((index - middle) / np.reshape([15, 20, 14], (3, 1, 1, 1))) ** 2).sum(axis=0) < 1
+    seeds = random.uniform(0, 1, (60, 3)) * shape
+    nearest = ((index[..., None] - seeds.T[:, None, None, None, :]) ** 2).sum(axis=0).argmin(axis=-1)
+    values = gaussian_filter(random.uniform(40, 220, 60)[nearest], 0.7)
+    return np.where(organ, values, 0).astype(np.float32)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -102,52 +99,6 @@ def test_points_follow_the_transform_named_for_them(dims: int, tmp_path: Path) -
     assert result.moved_points.names == tuple("abcde")
     expected = (there - points[0].points_mm).norm(dim=1).mean().item()
     assert result.report["landmarks"]["tre_mm"] == pytest.approx(expected)
-
-
-def test_a_translation_is_found_exactly_with_sign_in_millimeters(tmp_path: Path) -> None:
-    """The same image twice, one of them moved in the world by its header: what lies between them is that move."""
-    values, shift = anatomy(), np.array([412.0, -77.5, 33.25])
-    affine = grid(3, 2, (1.0, 1.0, 1.0))
-    moved_affine = affine.copy()
-    moved_affine[:3, 3] += shift
-    for name, where in (("fixed", affine), ("moving", moved_affine)):
-        nib.save(nib.Nifti1Image(values, where), tmp_path / f"{name}.nii.gz")
-    alone = register(tmp_path / "fixed.nii.gz", tmp_path / "fixed.nii.gz", weights="hippocampus")
-    apart = register(tmp_path / "moving.nii.gz", tmp_path / "fixed.nii.gz", weights="hippocampus")
-    points = torch.rand(20, 3, dtype=torch.float64) * 10
-    moved, expected = (map_points(points, [result.fixed_to_moving]) for result in (apart, alone))
-    assert (moved - expected - torch.from_numpy(shift)).abs().max() < 1e-3
-    # And it is found: the network takes the organ onto itself.
-    content = torch.from_numpy(values > 0)
-    error = torch.einsum(
-        "ij,jn->in", field_affine(apart.fixed_to_moving)[:3, :3].float(), apart.fixed_to_moving[:, content]
-    )
-    assert (error.as_tensor() - torch.from_numpy(shift).float()[:, None]).norm(dim=0).mean() < 0.5
-
-
-@pytest.mark.parametrize("optimize", [0, 30])
-def test_a_rotation_is_found_with_sign(optimize: int, tmp_path: Path) -> None:
-    """An organ turned by scipy, not by us, is turned back: the affine that fits best is that rotation."""
-    values = anatomy()
-    turn = Rotation.from_rotvec(np.deg2rad(10) * np.array([0.6, 0.0, 0.8])).as_matrix()
-    middle = np.array(values.shape) / 2 - 0.5
-    turned = affine_transform(values, turn, middle - turn @ middle, order=1)
-    turned[turned < 2] = 0
-    affine = np.diag([-1.0, 1.0, 1.0, 1.0])  # stored from right to left
-    affine[:3, 3] = [200.0, -30.0, 10.0]
-    for name, array in (("moving", values), ("fixed", turned)):
-        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
-    result = register(tmp_path / "moving.nii.gz", tmp_path / "fixed.nii.gz", weights="hippocampus", optimize=optimize)
-    true = np.eye(4)
-    true[:3, :3], true[:3, 3] = turn, middle - turn @ middle
-    true = affine @ true @ np.linalg.inv(affine)  # of world points, not of indices
-    content = torch.from_numpy(turned > 0)
-    found = best_affine(result.fixed_to_moving, content).numpy()
-    world = affine[:3, :3] @ np.argwhere(turned > 0).T + affine[:3, 3:]
-    error = np.linalg.norm((found - true)[:3, :3] @ world + (found - true)[:3, 3:], axis=0).mean()
-    nothing = np.linalg.norm((np.eye(4) - true)[:3, :3] @ world + (np.eye(4) - true)[:3, 3:], axis=0).mean()
-    assert nothing > 1.5 and error < 0.5, (error, nothing)
-    assert result.report["best_affine"] == pytest.approx(found, abs=1e-6)
 
 
 def test_an_initial_affine_starts_and_ends_in_the_answer() -> None:

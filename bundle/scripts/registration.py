@@ -139,7 +139,7 @@ class Registrar:
         self.network = PairNetwork(weights.to(self.device)).eval()
         self.spatial_dims = int(weights.spatial_dims)  # type: ignore[arg-type]
         self.background = float(background)
-        self.similarity = LocalCorrelationLoss(sigma=2.0) if similarity == "lncc" else MINDSSCLoss()
+        self.similarity = LocalCorrelationLoss(sigma=2.0) if similarity == "lncc" else MINDSSCLoss(radius=1, dilation=1)
         spacing = record.get("spacing_mm") if spacing is None else spacing
         backgrounds = (self.background, self.background if fixed_background is None else float(fixed_background))
         self.prepare = PreparePaird(spacing=spacing, background=backgrounds)

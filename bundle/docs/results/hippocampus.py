@@ -39,14 +39,22 @@ from equireg.data import PairDataset
 from equireg.fields import warp
 from equireg.inferer import RegistrationInferer
 from equireg.lists import decathlon_subjects
+from equireg.losses import LocalCorrelationLoss, MINDSSCLoss
 from equireg.metrics import folding_fraction
 from equireg.networks import PairNetwork
+from equireg.optimization import FieldOptimization
 from equireg.transforms import NormalizeContentd
 
 CANVAS = (48, 64, 48)
 PAIR_SEEDS = {"training": 0, "validation": 1000003, "test": 2000003}  # the draws of the bundle's configs
 PAIR_KEYS = ("moving", "fixed", "moving_label", "fixed_label")
 ANTS_TYPES = {"ants_affine": "SyN", "ants": "SyNOnly"}  # affine then SyN, and SyN alone from the identity
+# The network alone, and with optimization of the field by two similarities.
+SIMILARITIES = {
+    "equireg": None,
+    "equireg_lncc": LocalCorrelationLoss(sigma=2.0),
+    "equireg_mind": MINDSSCLoss(radius=1, dilation=1),
+}
 GREEDY_STEPS = (
     "-i fixed moving -a -ia-image-centers -m NCC 2x2x2 -n 100x50x10 -seed 1 -o affine",
     "-i fixed moving -it affine -m NCC 2x2x2 -n 100x50x20 -seed 1 -o warp",
@@ -72,11 +80,12 @@ def _unregistered(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], tor
     return lambda: torch.zeros(1, 3, *fixed.shape[2:])
 
 
-def _network(weights: str) -> Registration:
-    """Run the network alone: no alignment before it, no optimization after it."""
-    net, infer = PairNetwork(equireg.load_network(weights)).eval(), RegistrationInferer()
+def _network(weights: str, similarity: Callable[..., torch.Tensor] | None = None) -> Registration:
+    """Run the network, no alignment before it; after it 50 steps of optimization, if a similarity is given."""
+    optimization = None if similarity is None else FieldOptimization(steps=50, similarity=similarity)
+    net, infer = PairNetwork(equireg.load_network(weights)).eval(), RegistrationInferer(optimization=optimization)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
         ddf = infer(moving, net, fixed=fixed)[:, :3]
         return lambda: ddf
@@ -130,13 +139,14 @@ def registration(method: str, weights: str, threads: int) -> Registration:
     """Prepare a method by its name; `ValueError` for an unknown one, `ImportError` if a package is missing."""
     if method == "unregistered":
         return _unregistered
-    if method == "equireg":
-        return _network(weights)
+    if method in SIMILARITIES:
+        return _network(weights, SIMILARITIES[method])
     if method == "greedy":
         return _greedy(threads)
     if method in ANTS_TYPES:
         return _ants(ANTS_TYPES[method])
-    raise ValueError(f"expected a method of unregistered, equireg, {', '.join(ANTS_TYPES)}, greedy, got '{method}'.")
+    known = ("unregistered", *SIMILARITIES, *ANTS_TYPES, "greedy")
+    raise ValueError(f"expected a method of {', '.join(known)}, got '{method}'.")
 
 
 def pairs(dataset_dir: str | Path, split: str, num_pairs: int) -> PairDataset:
