@@ -15,6 +15,7 @@ __all__ = [
     "check_pair",
     "clamp_to_box",
     "content_box",
+    "continue_affinely",
     "has_content",
     "is_count",
     "keep_if_content",
@@ -195,6 +196,48 @@ def clamp_to_box(values: torch.Tensor, first: torch.Tensor, last: torch.Tensor) 
         index = torch.minimum(torch.maximum(index, first[:, k : k + 1]), last[:, k : k + 1])
         values = _take(values, index, 2 + k)
     return values
+
+
+def continue_affinely(ddf: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Continue a ddf from each sample's box over the whole grid, along the affine map that fits it best in the box.
+
+    Outside the box, `ddf(x) = ddf(c) + slope (x - c)`, with `c` the nearest voxel inside and `slope` of the least
+    squares fit over the box. The map `x + ddf(x)` then follows every rotation (and every other affine map) of its
+    values, which a continued displacement does not. Along an axis on which the box is one voxel thick there is nothing
+    to fit, and the displacement is continued.
+
+    Args:
+        ddf: `(B, D, *shape)`, voxels.
+        first: `(B, D)`, first index of the box along each axis, inside the grid.
+        last: `(B, D)`, last index.
+
+    Returns:
+        `(B, D, *shape)`, voxels.
+
+    Example:
+        >>> ddf = torch.tensor([0.0, 2.0, 4.0, 6.0, 0.0]).reshape(1, 1, 5)
+        >>> continue_affinely(ddf, torch.tensor([[1]]), torch.tensor([[3]])).tolist()
+        [[[0.0, 2.0, 4.0, 6.0, 8.0]]]
+    """
+    shape = list(ddf.shape[2:])
+    inside = box_mask(first, last, shape).to(ddf.dtype)
+    size = (last - first + 1).to(ddf.dtype)
+    count = size.prod(dim=1).reshape([-1, 1])
+    mean = (ddf * inside).flatten(2).sum(dim=2) / count
+    deviation = (ddf - mean.reshape(list(mean.shape) + [1] * len(shape))) * inside
+    answer = clamp_to_box(ddf, first, last)
+    for k in range(len(shape)):
+        view = [first.shape[0]] + [1] * (ddf.dim() - 1)
+        index = torch.arange(shape[k], device=ddf.device).unsqueeze(0)
+        nearest = torch.minimum(torch.maximum(index, first[:, k : k + 1]), last[:, k : k + 1])
+        view[2 + k] = shape[k]
+        outside = (index - nearest).to(ddf.dtype).reshape(view)
+        centered = (index.to(ddf.dtype) - 0.5 * (first + last)[:, k : k + 1].to(ddf.dtype)).reshape(view)
+        # On a full grid the axes are uncorrelated: each slope is a covariance over a variance, (n^2 - 1) / 12.
+        covariance = (deviation * centered).flatten(2).sum(dim=2) / count
+        slope = covariance / ((size[:, k : k + 1] ** 2 - 1.0) / 12.0).clamp(min=0.25)
+        answer = answer + slope.reshape(list(slope.shape) + [1] * len(shape)) * outside
+    return answer
 
 
 def shift_grid(values: torch.Tensor, offset: torch.Tensor, shape: List[int], padding: str) -> torch.Tensor:

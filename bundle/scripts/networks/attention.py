@@ -1,6 +1,6 @@
 """Coordinate attention: register by looking up, for each fixed voxel, where its feature lies in the moving image."""
 
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,15 @@ from .active import (
     check_pair,
     clamp_to_box,
     content_box,
+    continue_affinely,
     has_content,
     is_count,
     keep_if_content,
     pad_all,
 )
-from .encoder import Encoder
+from .encoder import Encoder, to_length
+from .rotation import rotation_group as turns_of
+from .rotation import turn, turn_back
 
 __all__ = ["CoordinateAttention", "attend"]
 
@@ -76,6 +79,11 @@ class CoordinateAttention(nn.Module):
     the moving content's bounding box, grown by `padding`, so the answer follows exactly. Outside the bounding box of
     the fixed content the displacement of the nearest voxel inside continues.
 
+    With a `rotation_group`, features are the mean over all turns of the image by the group, turned back: they follow
+    the image when it turns by a member of the group, and the answer to such turns of either image is exact as well,
+    provided that the fixed content spans two voxels along each axis. Outside it the answer then goes on along the
+    affine map that fits it best, since a continued displacement does not turn. It costs an encoder pass for each turn.
+
     Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025,
     https://arxiv.org/abs/2405.16738.
 
@@ -84,6 +92,8 @@ class CoordinateAttention(nn.Module):
         in_channels: channels of an image.
         feature_channels: length of a feature.
         padding: by how many voxels the content's box is grown to the active set; the authors use 9.
+        rotation_group: "none", "pi" (half turns about the axes: 2 in 2D, 4 in 3D, as the paper's variant for rotations)
+            or "grid" (all rotations of the grid: 4 in 2D, 24 in 3D).
 
     Raises:
         ValueError: if an argument is out of range.
@@ -94,8 +104,16 @@ class CoordinateAttention(nn.Module):
         torch.Size([1, 2, 6, 5])
     """
 
+    turns: List[List[List[int]]]
+
     def __init__(
-        self, spatial_dims: int, in_channels: int = 1, feature_channels: int = 128, *, padding: int = 2
+        self,
+        spatial_dims: int,
+        in_channels: int = 1,
+        feature_channels: int = 128,
+        *,
+        padding: int = 2,
+        rotation_group: str = "none",
     ) -> None:
         super().__init__()
         if not is_count(spatial_dims, 2) or spatial_dims > 3:
@@ -108,6 +126,7 @@ class CoordinateAttention(nn.Module):
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.padding = padding
+        self.turns = turns_of(spatial_dims, rotation_group)
         self.encoder = Encoder(spatial_dims, in_channels, feature_channels)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
@@ -165,7 +184,17 @@ class CoordinateAttention(nn.Module):
         # On the padded grid the content's box starts at first + padding; grown by the padding it starts at first.
         allowed = box_mask(first, last + 2 * self.padding, list(padded.shape[2:]))
         active = allowed & has_content(image).reshape([-1] + [1] * (image.dim() - 1))
-        return self.encoder(padded, active.to(image.dtype)), allowed
+        return self._features(padded, active.to(image.dtype)), allowed
+
+    def _features(self, padded: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """Encode an image, or the mean of what its turns say."""
+        features = self.encoder(padded, active)
+        if len(self.turns) == 1:
+            return features
+        for perm, signs in self.turns[1:]:
+            turned = self.encoder(turn(padded, perm, signs), turn(active, perm, signs))
+            features = features + turn_back(turned, perm, signs)
+        return to_length(features / len(self.turns), 4.0)
 
     def _match(
         self,
@@ -194,4 +223,8 @@ class CoordinateAttention(nn.Module):
         found = answer.transpose(1, 2).reshape(list(queries.shape[:1]) + [self.spatial_dims] + list(fixed.shape[2:]))
         ddf = found + (center - identity_grid(list(fixed.shape[2:]), dtype, fixed.device))
         fixed_first, fixed_last = content_box(fixed)
-        return keep_if_content(clamp_to_box(ddf, fixed_first, fixed_last), moving, fixed)
+        if len(self.turns) == 1:
+            ddf = clamp_to_box(ddf, fixed_first, fixed_last)
+        else:
+            ddf = continue_affinely(ddf, fixed_first, fixed_last)
+        return keep_if_content(ddf, moving, fixed)

@@ -43,6 +43,8 @@ class CARL(nn.Module):
         refinement_channels: widths of every U-Net.
         extra_refinements: further U-Nets at full resolution, after the others.
         padding: by how many voxels, at the attention's resolution, the content's box is grown to the active set.
+        rotation_group: turns of either image that the attention stage follows exactly, as for `CoordinateAttention`:
+            "none", "pi" or "grid". The U-Nets do not.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -66,6 +68,7 @@ class CARL(nn.Module):
         refinement_channels: Sequence[int] = (16, 32, 64, 256, 512),
         extra_refinements: int = 0,
         padding: int = 2,
+        rotation_group: str = "none",
     ) -> None:
         super().__init__()
         if nesting not in NESTINGS:
@@ -80,16 +83,18 @@ class CARL(nn.Module):
         def refinement() -> nn.Module:
             return DisplacementUNet(spatial_dims, in_channels, refinement_channels)
 
-        attention = CoordinateAttention(spatial_dims, in_channels, feature_channels, padding=padding)
+        def pooled(net: nn.Module, by: int) -> nn.Module:
+            return Downsample(net, by, content_phase=True, centered=rotation_group != "none")
+
+        attention = CoordinateAttention(
+            spatial_dims, in_channels, feature_channels, padding=padding, rotation_group=rotation_group
+        )
         if nesting == "deck":
-            first: nn.Module = Downsample(attention, factor, content_phase=True)
-            steps: nn.Module = TwoStep(TwoStep(first, refinement()), refinement())
+            steps: nn.Module = TwoStep(TwoStep(pooled(attention, factor), refinement()), refinement())
         elif nesting == "right":
-            first = Downsample(attention, factor, content_phase=True)
-            steps = TwoStep(first, TwoStep(Downsample(refinement(), 2), refinement()))
+            steps = TwoStep(pooled(attention, factor), TwoStep(Downsample(refinement(), 2), refinement()))
         else:
-            first = Downsample(attention, factor // 2, content_phase=True)
-            steps = TwoStep(Downsample(TwoStep(first, refinement()), 2, content_phase=True), refinement())
+            steps = TwoStep(pooled(TwoStep(pooled(attention, factor // 2), refinement()), 2), refinement())
         for _ in range(extra_refinements):
             steps = TwoStep(steps, refinement())
         self.steps = steps
@@ -103,6 +108,8 @@ class CARL(nn.Module):
             "extra_refinements": extra_refinements,
             "padding": padding,
         }
+        if rotation_group != "none":  # left out, as in the files of networks that were made before there was a choice
+            self._arguments["rotation_group"] = rotation_group
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images.
@@ -158,6 +165,8 @@ class CARL(nn.Module):
             ValueError: naming the arguments that differ.
         """
         theirs = arguments_from_state(state)
+        if theirs.get("rotation_group") == "none":
+            del theirs["rotation_group"]
         differing = [
             f"{name} {theirs.get(name)} instead of {self._arguments.get(name)}"
             for name in sorted(set(theirs) | set(self._arguments))

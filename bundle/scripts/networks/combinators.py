@@ -96,13 +96,19 @@ class Downsample(nn.Module):
     suits a network that answers for each image's position apart (attention), not one that expects both images on one
     grid (a U-Net), and needs content that is found in the input and not in a warped image.
 
+    `centered` makes the blocks symmetric in the content as well, so that they turn with it: as many as cover its box
+    are laid evenly over it. Where their borders then run through voxels, those count half in either block. The coarse
+    grid gets a voxel more on each side, so that nothing has to be continued when its ddf is lifted. It is for a network
+    that follows turns of the images, see `CoordinateAttention`.
+
     Args:
         net: a network called `net(moving, fixed)`.
         factor: pooling factor along every axis.
         content_phase: whether blocks are counted from the content.
+        centered: whether they are laid symmetrically over it; needs `content_phase`.
 
     Raises:
-        ValueError: if the factor is not an integer of at least 1.
+        ValueError: if the factor is not an integer of at least 1, or `centered` is asked for without `content_phase`.
 
     Example:
         >>> class Half(nn.Module):
@@ -113,13 +119,16 @@ class Downsample(nn.Module):
         (torch.Size([1, 2, 9, 6]), [2.0])
     """
 
-    def __init__(self, net: nn.Module, factor: int, content_phase: bool = False) -> None:
+    def __init__(self, net: nn.Module, factor: int, content_phase: bool = False, *, centered: bool = False) -> None:
         super().__init__()
         if not is_count(factor, 1):
             raise ValueError(f"factor must be an integer of at least 1, got {factor!r}.")
+        if centered and not content_phase:
+            raise ValueError("centered needs content_phase: blocks can be laid over content only where it is known.")
         self.net = net
         self.factor = factor
         self.content_phase = content_phase
+        self.centered = centered
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images.
@@ -146,16 +155,23 @@ class Downsample(nn.Module):
         )
 
     def _phase(self, image: torch.Tensor) -> torch.Tensor:
-        """Return the fine index at which coarse voxel 0 begins, `(B, D)`, from 0 to factor - 1."""
+        """Return where a coarse voxel begins on the fine grid, `(B, D)`, in half fine voxels, to count blocks from.
+
+        It lies from 0 to factor - 1 voxels, or within half a block of 0 if blocks are centered.
+        """
         if not self.content_phase:
             return torch.zeros([image.shape[0], image.dim() - 2], dtype=torch.long, device=image.device)
-        first, _ = content_box(image)
-        return first % self.factor
+        first, last = content_box(image)
+        if not self.centered:
+            return 2 * (first % self.factor)
+        excess = (first - last - 1) % self.factor  # of the blocks that cover the box over the box, voxels
+        return self.factor - (self.factor - 2 * first + excess) % (2 * self.factor)
 
     def _pool(self, image: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
         """Average blocks of voxels counted from the phase: what lies before it is background."""
-        shape = [(size + self.factor - 1) // self.factor * self.factor for size in image.shape[2:]]
-        image = shift_grid(image, phase, shape, "zeros")
+        ring = self.factor if self.centered else 0
+        shape = [(size + self.factor - 1) // self.factor * self.factor + 2 * ring for size in image.shape[2:]]
+        image = self._shift(image, phase - 2 * ring, shape, "zeros")
         if image.dim() == 4:
             return F.avg_pool2d(image, self.factor)
         return F.avg_pool3d(image, self.factor)
@@ -164,9 +180,22 @@ class Downsample(nn.Module):
         self, ddf: torch.Tensor, moving_phase: torch.Tensor, fixed_phase: torch.Tensor, shape: List[int]
     ) -> torch.Tensor:
         """Place a coarse ddf on the fine grid and count displacements in fine voxels between unshifted grids."""
-        fine = shift_grid(resize(ddf, self.factor), -fixed_phase, shape, "border")
-        offset = (moving_phase - fixed_phase).to(fine.dtype)
+        ring = self.factor if self.centered else 0
+        fine = self._shift(resize(ddf, self.factor), 2 * ring - fixed_phase, shape, "border")
+        offset = 0.5 * (moving_phase - fixed_phase).to(fine.dtype)
         return fine + offset.reshape(list(offset.shape) + [1] * len(shape))
+
+    def _shift(self, values: torch.Tensor, offset: torch.Tensor, shape: List[int], padding: str) -> torch.Tensor:
+        """Shift a grid by half voxels, `(B, D)`; between two voxels lies their mean."""
+        whole = torch.div(offset, 2, rounding_mode="floor")
+        if not self.centered:  # no halves
+            return shift_grid(values, whole, shape, padding)
+        values = shift_grid(values, whole, [size + 1 for size in shape], padding)
+        for k, size in enumerate(shape):
+            half = 0.5 * (offset[:, k] % 2).to(values.dtype).reshape([-1] + [1] * (values.dim() - 1))
+            here, ahead = values.narrow(2 + k, 0, size), values.narrow(2 + k, 1, size)
+            values = (1.0 - half) * here + half * ahead
+        return values
 
 
 def first_step(net: nn.Module) -> nn.Module:
@@ -193,5 +222,7 @@ def first_step(net: nn.Module) -> nn.Module:
     if isinstance(net, TwoStep):
         return first_step(net.first)
     if isinstance(net, Downsample):
-        return Downsample(first_step(net.net), net.factor, net.content_phase)
+        stage = Downsample(first_step(net.net), net.factor, net.content_phase, centered=net.centered)
+        stage.training = net.training  # of the wrapper alone: its parts have their own
+        return stage
     return net

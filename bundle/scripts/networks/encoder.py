@@ -13,7 +13,7 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import nn
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "to_length"]
 
 
 class _TrackedConvolution(nn.Module):
@@ -108,6 +108,17 @@ def _per_channel(vector: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return vector.reshape([1, -1] + [1] * (like.dim() - 2))
 
 
+def to_length(features: torch.Tensor, length: float) -> torch.Tensor:
+    """Scale every feature of `(B, F, *shape)` to a length, or a little less.
+
+    Example:
+        >>> round(to_length(torch.ones(1, 4, 1), 4.0).norm().item(), 2)
+        4.0
+    """
+    # The 0.001 keeps the gradient finite where a feature vanishes.
+    return features * (length / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-3))
+
+
 class Encoder(nn.Module):
     """Turn an image into a unit-length feature times four at every voxel, from the content around that voxel alone.
 
@@ -151,6 +162,4 @@ class Encoder(nn.Module):
         deviation, background = self.block1(deviation, background, active)
         deviation, background = self.block2(deviation, background, active)
         deviation, background = self.block3(deviation, background, active)
-        features = deviation + _per_channel(background, deviation)
-        # The 0.001 keeps the gradient finite where a feature vanishes.
-        return features * (4.0 / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-3))
+        return to_length(deviation + _per_channel(background, deviation), 4.0)
