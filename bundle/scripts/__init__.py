@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import (
         augmentation,
         batch,
+        curves,
         data,
         equivariance,
         evaluation,
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "augmentation",
     "batch",
+    "curves",
     "data",
     "equivariance",
     "evaluation",

@@ -106,6 +106,7 @@ def error_map(
     move_moving: Move | None = None,
     move_fixed: Move | None = None,
     ddf: torch.Tensor | None = None,
+    answer: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Measure at every voxel how far the answer is from following one move of the images.
 
@@ -116,6 +117,7 @@ def error_map(
         move_moving: how the moving content moves; left out, it stays.
         move_fixed: how the fixed content moves; left out, it stays.
         ddf: the answer to the images as they are, if it is known already.
+        answer: the answer to the moved images, if it is known already.
 
     Returns:
         `(B, *new fixed shape)`, voxels, float64; NaN where the old position lies outside the old fixed canvas.
@@ -130,7 +132,8 @@ def error_map(
     move_moving = move_moving or still(moving.shape[2:])
     move_fixed = move_fixed or still(fixed.shape[2:])
     ddf = _ask(network, moving, fixed) if ddf is None else ddf
-    answer = _ask(network, move_moving.image(moving), move_fixed.image(fixed))
+    if answer is None:
+        answer = _ask(network, move_moving.image(moving), move_fixed.image(fixed))
     expected, known = expected_ddf(ddf, move_moving, move_fixed)
     return torch.where(known[:, 0], (answer.double() - expected).norm(dim=1), torch.nan)
 
