@@ -19,6 +19,15 @@ def content(*size: int, seed: int = 0, channels: int = 1, batch: int = 1, dtype:
     return (0.1 + 0.9 * values).to(dtype)
 
 
+def blocks(*size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return content `(1, 1, *size)` of blocks of three voxels, near 0.05 or 1: pooling leaves its contrast."""
+    coarse = content(*[-(-n // 3) for n in size], seed=seed, dtype=torch.float64)
+    values = content(*size, seed=seed + 1, dtype=torch.float64) * 0.1
+    for axis in range(2, coarse.dim()):
+        coarse = coarse.repeat_interleave(3, dim=axis).narrow(axis, 0, size[axis - 2])
+    return (values + 0.9 * (coarse > 0.55)).to(dtype)
+
+
 def place(values: torch.Tensor, shape: Sequence[int], at: Sequence[int]) -> torch.Tensor:
     """Put content on a canvas of background, its first voxel at `at`."""
     canvas = values.new_zeros(*values.shape[:2], *shape)
@@ -69,3 +78,30 @@ def randomized(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 def count(net: nn.Module) -> int:
     """Count the parameters."""
     return sum(p.numel() for p in net.parameters())
+
+
+def sharpened(net: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> nn.Module:
+    """Take from the features of a randomized network what they have in common on a pair of images.
+
+    Averaged over many turns, random features keep little but their mean, and attention would answer with the content's
+    center, which follows turns trivially. With the mean gone, voxels look their own way again.
+    """
+    [attention] = [module for module in net.modules() if isinstance(module, CoordinateAttention)]
+    block, found = attention.encoder.block3, []
+
+    def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        features = outputs[0] + outputs[1].reshape(1, -1, *[1] * attention.spatial_dims)
+        found.append(features.movedim(1, -1)[inputs[2][:, 0] > 0])
+
+    handle = block.register_forward_hook(collect)
+    with torch.no_grad():
+        net(moving, fixed)
+        handle.remove()
+        block.conv3.bias -= torch.cat(found).mean(dim=0)
+    return net
+
+
+def spread(ddf: torch.Tensor) -> float:
+    """Return how far apart the points are that fixed voxels are sent to: 0 if all go to one place, voxels."""
+    points = ddf + torch.stack(torch.meshgrid(*[torch.arange(n) for n in ddf.shape[2:]], indexing="ij"))
+    return points.flatten(2).std(dim=2).max().item()

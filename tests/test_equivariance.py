@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers_networks import SMALL, content, place, randomized
+from helpers_networks import SMALL, blocks, content, place, randomized, sharpened, spread
 from monai.networks.nets import UNet
 from torch import nn
 
@@ -49,7 +49,7 @@ BOTH = {
     2: [((0, 0), (3, 5)), ((-3, 2), (-5, 9)), ((7, 6), (6, -2)), ((5, -9), (5, -1))],
     3: [((0, 0, 0), (2, -3, 1)), ((-4, 3, 4), (3, 2, 4))],
 }
-TURNS = {2: [90, 180, 270], 3: [90, 180]}
+TURNS = {2: [90, 180, 270], 3: [90]}
 
 
 def network(kind: str, dims: int, dtype: torch.dtype, **options) -> nn.Module:
@@ -80,8 +80,7 @@ def largest(net, moving, fixed, move_moving=None, move_fixed=None, ddf=None) -> 
 def test_moving_content_moved_or_its_canvas_changed(dims: int, kind: str, dtype: torch.dtype) -> None:
     net, (moving, fixed) = network(kind, dims, dtype), pair(dims, dtype)
     ddf = net(moving, fixed).detach()
-    spread = ddf - ddf.flatten(2).mean(dim=2)[(..., *[None] * dims)]
-    assert spread.abs().max() > 0.5, "an answer that says nothing is exact for free"
+    assert spread(ddf) > 0.4, "an answer that sends all to one place is exact for free"
     for canvas, by in MULTIPLES[dims] + CANVASES[dims] + ANY[dims]:
         assert largest(net, moving, fixed, translation(by, canvas), ddf=ddf) < TOLERANCE[dtype], (canvas, by)
 
@@ -100,8 +99,11 @@ def test_either_content_moved_through_the_inferer(dims: int, kind: str, dtype: t
 @pytest.mark.parametrize("kind", ["attention", "deck"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_either_image_turned_at_the_attention_stage(dims: int, kind: str, dtype: torch.dtype) -> None:
-    net, (moving, fixed) = network(kind, dims, dtype, rotation_group="grid"), pair(dims, dtype)
-    stage = net if kind == "attention" else net.attention_stage()
+    net = network(kind, dims, dtype, rotation_group="grid")
+    values = [blocks(*size, seed=k, dtype=dtype) for k, size in enumerate(SIZES[dims])]
+    moving, fixed = (place(v, [n + 3 for n in v.shape[2:]], (1, 3, 2)[:dims]) for v in values)
+    stage = sharpened(net if kind == "attention" else net.attention_stage(), moving, fixed)
+    assert spread(stage(moving, fixed).detach()) > {2: 0.5, 3: 0.05}[dims], "all to one place turns trivially"
     for degrees in TURNS[dims]:
         matrix = turn_angle(degrees, dims, (0, dims - 1))
         assert largest(stage, moving, fixed, rotation(matrix, moving.shape[2:])) < TOLERANCE[dtype]
