@@ -241,6 +241,12 @@ def test_the_law_for_moves_of_whole_voxels() -> None:
     assert torch.allclose(turned[0], torch.einsum("ij,jxy->ixy", turn, old + ddf[0] - center[0]) + center[1] - old)
 
 
+def test_the_law_reaches_the_border_of_large_canvases() -> None:
+    canvas = (700, 3)
+    for move in (still(canvas), rotation(turn_angle(180, 2), canvas)):
+        assert expected_ddf(torch.zeros(1, 2, *canvas), still(canvas), move)[1].all()
+
+
 def test_a_registration_that_knows_the_answer_follows_smooth_warps() -> None:
     """Images that are coordinates register exactly: the error left is that of interpolating a smooth field."""
 

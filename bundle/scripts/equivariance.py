@@ -79,7 +79,8 @@ def expected_ddf(ddf: torch.Tensor, move_moving: Move, move_fixed: Move) -> tupl
     """
     grid = identity_grid(list(move_fixed.shape), torch.float64, ddf.device)
     old = move_fixed.to_old(grid)
-    last = torch.tensor(ddf.shape[2:], device=ddf.device).reshape([1, -1] + [1] * (ddf.dim() - 2)) - 1
+    last = torch.tensor([float(n - 1) for n in ddf.shape[2:]], dtype=old.dtype, device=ddf.device)
+    last = last.reshape([1, -1] + [1] * (ddf.dim() - 2))
     known = ((old > -1e-6) & (old < last + 1e-6)).all(dim=1, keepdim=True)  # rounding must not cost the border
     found = old + read_at(ddf, old)
     return move_moving.to_new(found) - grid, known
