@@ -215,3 +215,14 @@ def test_gradients_and_empty_samples(training: bool) -> None:
 def test_the_attention_stage_is_in_the_networks_mode() -> None:
     net = CARL(2, **SMALL)
     assert net.attention_stage().training and not net.eval().attention_stage().training
+
+
+@pytest.mark.parametrize("nesting", ["deck", "right"])
+def test_the_whole_network_follows_turns_of_the_moving_image_where_its_content_is(nesting: str) -> None:
+    """The moved image stays, so the U-Nets answer as before; only where they point off the canvas nothing turns."""
+    moving, fixed = (torch.nn.functional.pad(image, [16] * 4) for image in pair(SIZES[2][1]))
+    net = randomized(CARL(2, nesting=nesting, rotation_group="grid", **SMALL), torch.float64)
+    sharpened(net, moving, fixed)
+    for perm, signs in rotation_group(2, "grid"):
+        errors = error_map(net, moving, fixed, rotation(turn_matrix(perm, signs), moving.shape[2:]))
+        assert errors[fixed[:, 0] != 0].max() < 1e-12
