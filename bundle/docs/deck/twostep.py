@@ -79,9 +79,8 @@ def main(pairs: int = 8, seed: int = 0, output_dir: str = "") -> dict[str, float
         for panel, name in zip(panels[row], chosen):
             with torch.inference_mode():
                 moved = warp(image, networks[name](image, fixed[:1]), padding="zeros")
-            panel.imshow(
-                torch.stack([moved[0, 0], fixed[0, 0], moved[0, 0]], dim=-1)[MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1)
-            )
+            overlay = torch.stack([moved[0, 0], fixed[0, 0], moved[0, 0]], dim=-1)  # magenta and green
+            panel.imshow(overlay[MARGIN:-MARGIN, MARGIN:-MARGIN].clamp(0, 1).numpy())
             panel.set(xticks=[], yticks=[])
             panel.set_title(name, fontsize=9)
     panels[0, 0].set_ylabel("unshifted", fontsize=9)
