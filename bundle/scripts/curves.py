@@ -261,12 +261,17 @@ def curve_figure(curves: Mapping[str, Sequence[Row]], title: str = "") -> Figure
         for name, rows in means.items():
             for side in dict.fromkeys(row["side"] for row in rows if row["kind"] == kind):
                 chosen = sorted((r for r in rows if (r["kind"], r["side"]) == (kind, side)), key=lambda r: r["amount"])
-                amounts = [row["amount"] for row in chosen]
-                label = f"{name}, {side}" if name else side
-                # A logarithmic axis has no place for zero; below rounding nothing is told apart.
-                distances = [max(row["error_mean"], 1e-7) for row in chosen]
-                panels[0, column].semilogy(amounts, distances, marker=".", label=label)
-                panels[1, column].plot(amounts, [row["dice"] for row in chosen], marker=".", label=label)
+                # Fractions of a voxel are another matter than whole ones: crosses, joined by no line.
+                whole = [row for row in chosen if float(row["amount"]).is_integer()]
+                parts = [row for row in chosen if row not in whole]
+                for part, style in ((whole, {"marker": "."}), (parts, {"marker": "x", "linestyle": ""})):
+                    amounts = [row["amount"] for row in part]
+                    # A logarithmic axis has no place for zero; below rounding nothing is told apart.
+                    distances = [max(row["error_mean"], 1e-7) for row in part]
+                    label = (f"{name}, {side}" if name else side) if part is whole else None
+                    color = None if part is whole else panels[0, column].lines[-1].get_color()
+                    panels[0, column].semilogy(amounts, distances, label=label, color=color, **style)
+                    panels[1, column].plot(amounts, [row["dice"] for row in part], label=label, color=color, **style)
         panels[1, column].set(xlabel={"shift": "shift, voxels", "angle": "angle, degrees"}[kind], ylim=(0, 1))
         panels[0, column].set(title=f"against {kind}", ylim=(5e-8, None))
     panels[0, 0].set(ylabel="equivariance error, voxels (mean)")

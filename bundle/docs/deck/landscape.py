@@ -48,6 +48,16 @@ def half_width(t: np.ndarray, loss: np.ndarray) -> float:
     return float(np.mean(sides))
 
 
+def reach_of(t: np.ndarray, slope: np.ndarray) -> float:
+    """Return up to which distance from 0 a slope points back to it everywhere, on average of both sides."""
+    sides = []
+    for sign in (-1, 1):
+        outward, wrong = sign * t > 1e-6, sign * slope <= 0
+        distances = np.abs(t[outward & wrong])
+        sides.append(distances.min() if len(distances) else np.abs(t).max())
+    return float(np.mean(sides))
+
+
 def main(
     points: int = 81, batches: int = 8, batch_size: int = 4, reach: float = 0.5, seed: int = 0, output_dir: str = ""
 ) -> dict[str, float]:
@@ -86,8 +96,11 @@ def main(
     print(
         f"{machine()}; {batches} batches of {batch_size} pairs, seeds {seed} to {seed + batches - 1}; t in image widths"
     )
-    print("| loss | network | best t | least loss | plateau | half width, mean (sd over batches) | slope points to 0 |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "sd over batches; share of slopes that point to 0: batches and 0.02 < abs(t) <= 0.2; up to: of the mean slope"
+    )
+    print("| loss | network | best t | least loss | plateau | half width (sd) | slope points to 0 | up to |")
+    print("|---|---|---|---|---|---|---|---|")
     result_table: dict[str, float] = {}
     near = (np.abs(t) > 0.02) & (np.abs(t) <= 0.2)
     for m, measure_name in enumerate(losses):
@@ -96,10 +109,11 @@ def main(
             widths = [half_width(t, curve) for curve in loss[m, n]]
             right = (np.sign(slope[m, n]) == np.sign(t))[:, near].mean()
             best = t[mean.argmin()]
+            reach_back = reach_of(t, slope[m, n].mean(axis=0))
             plateau = 0.5 * (mean[:3].mean() + mean[-3:].mean())
             print(
                 f"| {measure_name} | {name} | {best:.3f} | {mean.min():.4f} | {plateau:.4f} | "
-                f"{np.mean(widths):.3f} ({np.std(widths, ddof=1):.3f}) | {100 * right:.0f} % of 0.02 < abs(t) <= 0.2 |"
+                f"{np.mean(widths):.3f} ({np.std(widths, ddof=1):.3f}) | {100 * right:.0f} % | {reach_back:.3f} |"
             )
             result_table[f"{measure_name}, {name}, best t"] = float(best)
             result_table[f"{measure_name}, {name}, half width"] = float(np.mean(widths))

@@ -18,6 +18,8 @@ from typing import Any
 import fire
 import numpy as np
 import torch
+from common import machine, save
+from matplotlib.figure import Figure
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
 from monai.handlers import LrScheduleHandler
@@ -131,8 +133,16 @@ def train(name: str, features: int, images: list[dict[str, torch.Tensor]], varia
     return network.eval()
 
 
+class Unregistered(nn.Module):
+    """Answer no displacement, and the moving image as it is."""
+
+    def forward(self, pair: torch.Tensor) -> torch.Tensor:
+        """Return `(B, 3, *shape)` for a stacked pair, as `PairNetwork` does."""
+        return torch.cat([torch.zeros_like(pair), pair[:, :1]], dim=1)
+
+
 @torch.inference_mode()
-def evaluate(network: PairNetwork, images: list[dict[str, torch.Tensor]], variant: str, warps: int) -> dict[str, Any]:
+def evaluate(network: nn.Module, images: list[dict[str, torch.Tensor]], variant: str, warps: int) -> dict[str, Any]:
     """Score a network on `warps` fixed warps of every eye."""
     scores, folds = [], []
     for item in (data := pairs(images, variant, 2_000_003, warps * len(images))):
@@ -173,6 +183,7 @@ def main(
     warps: int = 4,
     results: str = str(HERE / "data" / "retina.csv"),
     weights_dir: str = "output/deck_retina",
+    output_dir: str = "",
 ) -> None:
     """Train what is missing, evaluate it on every variant, and print the table.
 
@@ -185,6 +196,7 @@ def main(
         warps: random warps of every test eye.
         results: CSV file, read and added to.
         weights_dir: where trained weights go; an empty text keeps none.
+        output_dir: where the figure goes; beside the page if empty.
     """
     path = Path(results)
     training, test = eyes(dataset_dir, "training"), eyes(dataset_dir, "test")
@@ -213,25 +225,85 @@ def main(
                     torch.save(
                         network.state_dict(), folder / f"{name}_{variant}_{features}_{seed}.pt".replace(" ", "-")
                     )
+    unregistered = [f"{v} {evaluate(Unregistered(), test, v, warps)['dice']:.3f}" for v in VARIANTS]
+    print(f"{machine()}; Dice unregistered: {', '.join(unregistered)}")
     table(read(path))
+    draw(read(path), dataset_dir, output_dir)
+
+
+def scores(rows: list[dict[str, str]], name: str, cell: tuple[str, str], features: int = 128) -> np.ndarray:
+    """Return the mean Dice of each trained network of a kind on a train-to-test pair, a value per seed."""
+    wanted = (name, *cell, str(features))
+    return np.array([float(r["dice"]) for r in rows if (r["network"], r["train"], r["test"], r["features"]) == wanted])
+
+
+def describe(values: np.ndarray) -> str:
+    """Write mean, spread over seeds and their number."""
+    if len(values) < 2:
+        return f"{values[0]:.3f} (one seed)" if len(values) else ""
+    return f"{values.mean():.3f} ({values.std(ddof=1):.3f}; {len(values)})"
 
 
 def table(rows: list[dict[str, str]]) -> None:
-    """Print mean and standard deviation over seeds of each cell."""
+    """Print each cell's mean Dice, its standard deviation over seeds and their number, and whether the claim holds."""
     print("| train -> test | " + " | ".join(NETWORKS) + " |\n|---|---|---|---|")
-    for train_on, test_on in CELLS:
-        cells = []
-        for name in NETWORKS:
-            values = [
-                float(r["dice"])
-                for r in rows
-                if (r["network"], r["train"], r["test"], r["features"]) == (name, train_on, test_on, "128")
-            ]
-            cells.append(
-                f"{np.mean(values):.3f} ({np.std(values, ddof=1):.3f}, {len(values)})" if len(values) > 1 else ""
-            )
-        print(f"| {train_on} -> {test_on} | " + " | ".join(cells) + " |")
+    for cell in CELLS:
+        print(f"| {cell[0]} -> {cell[1]} | " + " | ".join(describe(scores(rows, n, cell)) for n in NETWORKS) + " |")
+    for features in sorted({int(r["features"]) for r in rows} - {128}):
+        for name in NETWORKS[1:]:
+            print(f"{features} features, {name}, {CELLS[0]}: {describe(scores(rows, name, CELLS[0], features))}")
+    for claim, holds in claims(rows).items():
+        print(f"{'pass' if holds else 'FAIL'}: {claim}")
+
+
+def claims(rows: list[dict[str, str]]) -> dict[str, bool]:
+    """Say of each part of the deck's claim whether it holds: "as well" is to 0.03 Dice, "cannot" 0.1 or more below."""
+
+    def mean(name: str, cell: tuple[str, str]) -> float:
+        values = scores(rows, name, cell)
+        return float(values.mean()) if len(values) else float("nan")
+
+    same = {}
+    for name in ("attention only", "hybrid"):
+        plain = mean(name, CELLS[0])
+        same[name] = [abs(mean(name, cell) - plain) <= 0.03 for cell in CELLS[1:]]
+    unet = [mean("U-Net only", CELLS[0]) - mean("U-Net only", cell) >= 0.1 for cell in CELLS[1:]]
+    return {
+        "attention only solves shifted pairs as well as unshifted ones, trained on either": all(
+            same["attention only"][:2]
+        ),
+        "hybrid does": all(same["hybrid"][:2]),
+        "attention only solves scaled and shifted pairs as well, trained on either": all(same["attention only"][2:]),
+        "hybrid does so, too": all(same["hybrid"][2:]),
+        "U-Net only cannot register shifted pairs, even if trained on them": all(unet[:2]),
+        "nor scaled and shifted ones": all(unet[2:]),
+    }
+
+
+def draw(rows: list[dict[str, str]], dataset_dir: str, output_dir: str) -> None:
+    """Draw a test pair of each variant, and the scores: a dot for each trained network, a line at their mean."""
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.9])
+    images = eyes(dataset_dir, "test")
+    for panel, variant in zip(left.subplots(1, 3), VARIANTS):
+        pair = pairs(images, variant, 2_000_003, 1)[0]["image"]
+        panel.imshow(torch.stack([pair[0], pair[1], pair[0]], dim=-1).numpy())
+        panel.set(xticks=[], yticks=[])
+        panel.set_title(variant, fontsize=9)
+    panel = right.subplots()
+    for k, name in enumerate(NETWORKS):
+        for place, cell in enumerate(CELLS):
+            values = scores(rows, name, cell)
+            x = place + 0.22 * (k - 1)
+            panel.plot(np.full(len(values), x), values, "o", ms=4, color=f"C{k}", label=None if place else name)
+            if len(values):
+                panel.hlines(values.mean(), x - 0.09, x + 0.09, color=f"C{k}")
+    panel.set(ylim=(0, 0.9), ylabel="Dice", xlim=(-0.5, len(CELLS) - 0.5))
+    panel.set_xticks(range(len(CELLS)), ["\n-> ".join(cell) for cell in CELLS], fontsize=8)
+    panel.legend(fontsize=8, ncols=3)
+    panel.grid(alpha=0.3, axis="y")
+    save(figure, "deck_retina.png", output_dir)
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire(main, serialize=lambda _: None)
