@@ -11,6 +11,8 @@ from helpers_networks import SMALL, blocks, place, randomized, sharpened
 
 from equireg.curves import curve_figure, equivariance_curve, held_out_pairs, measure, summarize
 from equireg.equivariance import Cropped
+from equireg.fields import identity_grid
+from equireg.moves import rotation, translation, turn_angle
 from equireg.networks import CARL, DisplacementUNet
 
 
@@ -67,6 +69,27 @@ def test_labels_are_scored_where_there_are_any() -> None:
     rows = equivariance_curve(zero, [same], [0, 90], "angle", "both")
     assert [row["dice"] for row in rows] == [1.0, 1.0], "images and labels turn together"
     assert equivariance_curve(zero, [same], [90], "angle", "moving")[0]["dice"] < 0.9
+
+
+@pytest.mark.parametrize("side", ["moving", "fixed"])
+@pytest.mark.parametrize(("kind", "amount"), [("shift", 2.5), ("angle", 30)])
+def test_overlap_is_full_for_a_network_that_knows_the_answer(kind: str, amount: float, side: str) -> None:
+    """Also between voxels: labels are never moved, only looked up where the answer says."""
+    [pair] = pairs(count=1)
+    label = (pair["moving"] > 0.3).to(torch.uint8)
+    same = {"moving": pair["moving"], "fixed": pair["moving"], "moving_label": label, "fixed_label": label}
+    asked: list[tuple[int, ...]] = []
+
+    def oracle(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        asked.append(tuple(fixed.shape[2:]))
+        shape = list(fixed.shape[2:])
+        move = translation([amount, 0], shape) if kind == "shift" else rotation(turn_angle(amount, 2), shape, shape)
+        grid = identity_grid(shape, torch.float64)
+        there = move.to_new(grid) if side == "moving" else move.to_old(grid)
+        return (there - grid) * (len(asked) > 1)  # the first question is about the images as they are
+
+    [row] = equivariance_curve(oracle, [same], [amount], kind, side)
+    assert len(asked) == 2 and row["dice"] > 0.99 and row["error_max"] < 1e-6
 
 
 @pytest.mark.parametrize(("kind", "side"), [("scale", "moving"), ("shift", "left")])

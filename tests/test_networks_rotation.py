@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers_networks import SMALL, blocks, content, place, randomized, sharpened, spread
@@ -11,6 +13,7 @@ from equireg.fields import identity_grid, resize
 from equireg.moves import rotation, translation
 from equireg.networks import CARL, CoordinateAttention, Downsample
 from equireg.networks.active import continue_affinely
+from equireg.networks.carl import arguments_from_state
 from equireg.networks.rotation import rotation_group, turn, turn_back, turn_matrix
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}  # voxels; measured: 2e-14 and 1e-5
@@ -181,6 +184,13 @@ def test_state_dict_names_the_group(group: str) -> None:
         net.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match=f"rotation_group {group} instead of None"):
         plain.load_state_dict(net.state_dict())
+
+
+def test_a_file_that_names_no_group_is_one_without() -> None:
+    net, state = CARL(2, **SMALL), CARL(2, **SMALL).state_dict()
+    named = json.dumps({**arguments_from_state(state["_extra_state"]), "rotation_group": "none"})
+    net.load_state_dict({**state, "_extra_state": torch.tensor(list(named.encode()), dtype=torch.uint8)})
+    assert net.arguments == CARL(**json.loads(named)).arguments
 
 
 @pytest.mark.parametrize("nesting", ["deck", "left"])

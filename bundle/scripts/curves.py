@@ -22,9 +22,9 @@ from monai.utils import convert_to_tensor
 from .augmentation import RandWarpPaird
 from .data import PairDataset, SyntheticPairDataset, WarpedPairDataset
 from .equivariance import Cropped, Network, error_map
-from .fields import warp
+from .fields import identity_grid, warp
 from .lists import decathlon_subjects, image_files
-from .moves import AffineMove, rotation, still, translation, turn_angle
+from .moves import AffineMove, read_at, rotation, still, translation, turn_angle
 from .networks.active import content_box, shift_grid
 from .pictures import save_figure
 from .transforms import NormalizeContentd
@@ -83,6 +83,16 @@ def _move(kind: str, amount: float, shape: Sequence[int]) -> AffineMove:
     return rotation(turn_angle(amount, len(shape)), shape, shape)
 
 
+def _brought_back(answer: torch.Tensor, moving: AffineMove, fixed: AffineMove, shape: Sequence[int]) -> torch.Tensor:
+    """Return a ddf between moved images as one between the images as they were, `(1, D, *old fixed shape)`.
+
+    Overlap then needs no moved labels: one that is moved by half a voxel is rounded by as much.
+    """
+    grid = identity_grid(list(shape), torch.float64, answer.device)
+    points = fixed.to_new(grid)
+    return moving.to_old(points + read_at(answer, points)) - grid
+
+
 @torch.no_grad()
 def equivariance_curve(
     network: Network,
@@ -94,8 +104,9 @@ def equivariance_curve(
     """Measure error and overlap while one image, or both alike, move further and further.
 
     Each image is first cropped to its content and put on a canvas that holds it at every amount. Errors are those of
-    `equireg.equivariance.error_map`, over the voxels of the fixed content. Moves by fractions of a voxel, and turns by
-    other than quarters, interpolate the image: their error is that of the network on blurred content.
+    `equireg.equivariance.error_map`, over the voxels of the fixed content; overlap is that of the images as they were,
+    under the answer brought back to them. Moves by fractions of a voxel, and turns by other than quarters, interpolate
+    the image: their error is that of the network on blurred content.
 
     Args:
         network: called `network(moving, fixed)` with batches of one.
@@ -133,13 +144,14 @@ def equivariance_curve(
                 name: _move(kind, amount, shape) if side in (name, "both") else still(shape)
                 for name, shape in shapes.items()
             }
-            moved = {key: moves[key.removesuffix("_label")].image(placed[key]) for key in keys}
+            moved = {name: moves[name].image(placed[name]) for name in shapes}
             answer = network(moved["moving"], moved["fixed"])
             errors = error_map(network, placed["moving"], placed["fixed"], moves["moving"], moves["fixed"], ddf, answer)
             inside = errors[(moved["fixed"] != 0).any(dim=1)]
             inside = inside[~inside.isnan()]
             ends = ("moving_label", "fixed_label") if labels else ("moving", "fixed")
-            result = warp(moved[ends[0]], answer, mode="nearest" if labels else "linear", padding="zeros")
+            back = _brought_back(answer, moves["moving"], moves["fixed"], placed["fixed"].shape[2:])
+            result = warp(placed[ends[0]], back, mode="nearest" if labels else "linear", padding="zeros")
             rows.append(
                 {
                     "kind": kind,
@@ -148,7 +160,7 @@ def equivariance_curve(
                     "pair": index,
                     "error_mean": inside.mean().item(),
                     "error_max": inside.max().item(),
-                    "dice": _overlap(result, moved[ends[1]], labels),
+                    "dice": _overlap(result, placed[ends[1]], labels),
                 }
             )
     return rows
