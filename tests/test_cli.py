@@ -296,6 +296,21 @@ def test_evaluate_measures_a_list_and_foreign_transforms(
     assert float(row["folding_percent"]) == 0 and "seconds" not in row and 0 <= float(row["dice"]) <= 1
 
 
+def test_equivariance_is_printed_and_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random_weights(tmp_path / "weights.pt", 2)
+    words = ["equivariance", "--weights", tmp_path / "weights.pt", "--pairs", 1, "--shifts", "0,8", "--angles", "90"]
+    assert run(*words, "--crop", "--output", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert "8 voxels" in told and "90 deg" in told and "Dice" in told
+    rows = rows_of(tmp_path / "out" / "equivariance.csv")
+    errors = {(row["kind"], row["side"], float(row["amount"])): float(row["error_max"]) for row in rows}
+    assert (
+        errors["shift", "moving", 8.0] < 1e-3 and errors["shift", "fixed", 8.0] < 1e-3 < errors["angle", "moving", 90.0]
+    )
+    assert (tmp_path / "out" / "equivariance.png").stat().st_size > 5000
+    assert run(*words[:-1], "quarter") == 1 and "quarter" in capsys.readouterr().err
+
+
 def test_help_teaches_and_is_instant() -> None:
     program = "import sys, equireg.cli as c; c.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     check = program.replace("c.main(sys.argv[1:])", "exec('try: c.main(sys.argv[1:])\\nexcept SystemExit: pass')")
