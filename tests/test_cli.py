@@ -240,10 +240,19 @@ def test_batch_goes_on_skips_and_tells_what_failed(
     assert run(*words, "--nopicture") == 0
     assert "1 registered, 2 done before, 0 failed" in capsys.readouterr().out
     assert times == {name: (tmp_path / "out" / name / "report.json").stat().st_mtime_ns for name in "xz"}
-    # Other options, or a result that is gone, are another piece of work.
+    # Other options, results that are missing, or a file that is another one are another piece of work.
+    assert run(*words, "--nopicture", "--exports", "affine") == 0 and "3 registered, 0 done" in capsys.readouterr().out
+    assert run(*words, "--nopicture") == 0 and "0 registered, 3 done" in capsys.readouterr().out
     (tmp_path / "out" / "z" / "moved.nii.gz").unlink()
     assert run(*words, "--nopicture") == 0 and "1 registered, 2 done" in capsys.readouterr().out
     assert run(*words, "--nopicture", "--spacing", 2) == 0 and "3 registered, 0 done" in capsys.readouterr().out
+    other = tmp_path / "other.nii.gz"
+    other.write_bytes((scans / "fixed.nii.gz").read_bytes())
+    (tmp_path / "pairs.json").write_text(json.dumps([{**listed[0], "moving": str(other)}]))
+    assert run(*words, "--nopicture") == 0 and "1 registered, 0 done" in capsys.readouterr().out
+    other.write_bytes((scans / "moving.nii.gz").read_bytes())
+    os.utime(other, (1e9, 1e9))  # older than the results, and not what they were made of
+    assert run(*words, "--nopicture") == 0 and "1 registered, 0 done" in capsys.readouterr().out
 
 
 def test_pairs_of_one_name_are_refused(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,6 +367,8 @@ def test_the_example_commands_name_options_that_exist() -> None:
         (["evaluate", "--output", "b"], 1, "--pairs"),
         (["batch", "--pairs", "none.csv", "--output", "b"], 1, "none.csv"),
         (["register", "-x", "a"], 2, "no option -x"),
+        (["batch", "--pairs", "a.csv", "--output", "b", "--spacing", "wide"], 1, "--spacing is a number"),
+        (["evaluate", "--moving", "a.nii.gz", "--output", "b"], 1, "both --moving and --fixed"),
         (["register", "-m", "a"], 2, "no option -m"),  # of several that begin so
     ],
 )
@@ -456,6 +467,62 @@ def test_other_bad_input(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         told = capsys.readouterr().err
         assert told.startswith("equireg: ") and message in told and len(told.strip().splitlines()) == 1, told
     assert (tmp_path / "file").read_text() == "in the way" and not list(tmp_path.glob("out/*"))
+
+
+def test_inputs_are_never_written_over(scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, points = tmp_path / "out", tmp_path / "points.csv"
+    copies = {name: tmp_path / f"{name}.nii.gz" for name in ("moving", "fixed")}
+    for name, path in copies.items():
+        path.write_bytes((scans / f"{name}.nii.gz").read_bytes())
+    points.write_bytes((scans / "moving.csv").read_bytes())
+    assert run(*register_words(scans, out, "--moving_points", scans / "moving.csv", "--exports", "affine")) == 0
+    field, affine = out / "fixed_to_moving.nii.gz", out / "affine.tfm"
+    commands = [
+        register_words(scans, out, "--moving_points", out / "moved_points.csv"),
+        register_words(scans, out, "--initial_transform", affine, "--exports", "affine"),
+        [
+            "warp",
+            "--image",
+            copies["moving"],
+            "--transform",
+            field,
+            "--reference",
+            copies["fixed"],
+            "--output",
+            copies["moving"],
+        ],
+        [
+            "warp",
+            "--image",
+            copies["moving"],
+            "--transform",
+            field,
+            "--reference",
+            copies["fixed"],
+            "--output",
+            copies["fixed"],
+        ],
+        ["warp", "--points", points, "--transform", field, "--output", points],
+        ["compose", "--transforms", field, "--reference", copies["fixed"], "--output", field],
+        ["invert", "--transform", field, "--reference", copies["moving"], "--output", field],
+        ["invert", "--transform", affine, "--output", affine],
+    ]
+    before = {path: path.read_bytes() for path in [*out.iterdir(), *copies.values(), points]}
+    capsys.readouterr()
+    for words in commands:
+        assert run(*words) == 1, words
+        assert "take the place of an input" in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in [*out.iterdir(), *copies.values(), points]}
+
+
+def test_results_of_another_registration_do_not_stay(scans: Path, tmp_path: Path) -> None:
+    label = ["--moving_label", scans / "moving_label.nii.gz", "--exports", "affine"]
+    assert run(*register_words(scans, tmp_path / "out", *label)) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert run(*register_words(scans, tmp_path / "out", "--nopicture")) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    expected = {"moved.nii.gz", "fixed_to_moving.nii.gz", "moving_to_fixed.nii.gz", "report.json", "notes.txt"}
+    assert names == expected
 
 
 def test_a_full_disk_leaves_nothing(

@@ -21,7 +21,7 @@ from equireg.images import read_image, write_image
 from equireg.landmarks import Landmarks
 from equireg.registration import Registrar, register
 from equireg.results import save_registration
-from equireg.world import field_affine, index_displacement, map_points
+from equireg.world import field_affine, index_displacement, map_points, sample_transform
 
 SHAPES = {2: ((26, 31), (29, 22)), 3: ((17, 23, 14), (21, 15, 19))}
 SPACINGS = {2: ((1.3, 0.9), (0.8, 1.6)), 3: ((1.0, 0.8, 2.2), (1.4, 1.1, 0.9))}
@@ -118,6 +118,40 @@ def test_an_initial_affine_starts_and_ends_in_the_answer() -> None:
     assert (map_points(map_points(points, [told.fixed_to_moving]), [told.moving_to_fixed]) - points).norm(
         dim=1
     ).max() < 0.3
+
+
+@pytest.mark.parametrize("angle", [30.0, 90.0, 180.0])
+def test_an_initial_affine_holds_beyond_what_the_network_sees(angle: float) -> None:
+    """Content in the middle of a large empty canvas: around it, too, the field is the rotation, and nothing folds."""
+    canvas = np.zeros((1, 60, 64, 40), dtype=np.float32)
+    canvas[0, 24:38, 22:40, 13:27] = anatomy()[13:27, 17:35, 12:26]
+    t, middle = np.deg2rad(angle), np.array([29.5, 31.5, 19.5])
+    turn = torch.eye(4, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]])
+    turn[:3, 3] = torch.from_numpy(middle) - turn[:3, :3] @ torch.from_numpy(middle)
+    fixed = MetaTensor(torch.from_numpy(canvas), affine=torch.eye(4))
+    moving = MetaTensor(torch.from_numpy(canvas), affine=turn)
+    told = register(moving, fixed, initial_transform=turn)
+    alone = register(fixed, fixed)
+    expected = sample_transform([alone.fixed_to_moving, turn], torch.eye(4), canvas.shape[1:])
+    assert (told.fixed_to_moving - expected).abs().max() < 1e-3
+    assert told.report["folding_percent"] == alone.report["folding_percent"]
+    assert told.report["inverse_consistency_mm"] < 0.2
+    assert torch.equal(told.moved[:, :15] != 0, alone.moved[:, :15] != 0)  # no smear far from the content
+
+
+def test_what_is_no_argument_is_refused() -> None:
+    scan = image((20, 20), np.eye(4))
+    with pytest.raises(ValueError, match="no argument 'optimise', did you mean optimize"):
+        register(scan, scan, optimise=50)
+    with pytest.raises(ValueError, match="no part 'moving_labels', did you mean 'moving_label'"):
+        Registrar("vessels")(scan, scan, moving_labels=scan)
+
+
+def test_a_given_network_stays_as_it_is() -> None:
+    network = random_network(2).net.train()
+    register(image((20, 20), np.eye(4)), image((20, 20), np.eye(4), 1), weights=network)
+    assert network.training
 
 
 def test_pairs_do_not_see_each_other() -> None:
@@ -223,6 +257,11 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
         ({"moving_points": Landmarks(torch.full((1, 2), 1e4))}, "outside the image"),
         ({"similarity_mask": MetaTensor(torch.zeros(1, 29, 22, dtype=torch.uint8))}, "grid|empty"),
         ({"initial_transform": torch.eye(4)}, "2D points"),
+        ({"initial_transform": np.diag([1.0, 1.0, 2.0])}, "last row"),
+        ({"initial_transform": np.diag([1.0, 0.0, 1.0])}, "have an inverse"),
+        ({"moving_points": np.full((1, 2), 1e4)}, "outside the image"),
+        ({"background": float("nan")}, "is a number"),
+        ({"weights": 7}, "a name, a file or a network"),
         ({"fixed": image((9, 9, 9), np.eye(4))}, "2D|two"),
     ],
 )

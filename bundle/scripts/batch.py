@@ -15,18 +15,21 @@ from typing import Any
 from .evaluation import jsonable, landmark_error, overlap, regularity, round_trip
 from .images import writable_folder
 from .lists import result_name
-from .pairs import PAIR_KEYS, input_names, read_pair
+from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
 from .progress import progress
 from .registration import Registrar
+from .report import software
 from .results import REPORT, save_registration, write_text
 from .transform_files import read_transform
 from .world import field_affine, sample_transform, warp_image
 
 __all__ = [
+    "EXPECTED_ERRORS",
     "Outcome",
     "evaluate_list",
     "evaluate_pair",
     "is_done",
+    "one_line",
     "pair_name",
     "register_list",
     "register_pair",
@@ -34,6 +37,22 @@ __all__ = [
     "summary",
     "write_table",
 ]
+
+
+# What a bad input or too small a machine ends in: one sentence, not a traceback. torch has no type for "out of memory".
+EXPECTED_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
+
+
+def one_line(error: BaseException) -> str:
+    r"""Return what an error says, in one line.
+
+    Example:
+        >>> one_line(MemoryError()), one_line(ValueError("two\nlines"))
+        ('out of memory', 'two lines')
+    """
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -87,27 +106,38 @@ def require_names(pairs: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"two pairs of the list are called '{twice}': give each a name of its own in a column 'name'.")
 
 
-def is_done(pair: Mapping[str, Any], folder: Path, options: Mapping[str, Any]) -> bool:
-    """Tell whether a folder holds the results of a pair, made of these inputs with these options.
+def is_done(
+    pair: Mapping[str, Any],
+    folder: Path,
+    options: Mapping[str, Any],
+    exports: Sequence[str] = (),
+    picture: bool = False,
+) -> bool:
+    """Tell whether a folder holds the results of a pair, made of these inputs, as they are now, with these options.
 
     Args:
         pair: files.
         folder: where its results would be.
-        options: of the `Registrar`.
+        options: of the `Registrar`, with the `point_frame`.
+        exports: what should be there as well.
+        picture: whether `qc.png` should be.
 
     Returns:
-        False also if an input is newer than the results, or the report cannot be read.
+        False also if the report cannot be read, or another version of the package wrote it.
     """
-    report = folder / REPORT
     try:
-        found = json.loads(report.read_text())
-        written = report.stat().st_mtime
-        fresh = all(Path(pair[key]).stat().st_mtime <= written for key in PAIR_KEYS if key in pair)
+        found = json.loads((folder / REPORT).read_text())
         complete = all((folder / name).is_file() for name in found["files"].values())
+        wanted = set(exports) <= set(found["exports"]) and (found["picture"] or not picture)
+        same = (
+            found["inputs"] == input_names(pair)
+            and found["input_states"] == fingerprints(pair)
+            and found["options"] == json.loads(json.dumps(options))
+            and found["software"]["equireg"] == software()["equireg"]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    same = found.get("inputs") == input_names(pair) and found.get("options") == json.loads(json.dumps(options))
-    return fresh and complete and same
+    return complete and wanted and same
 
 
 def register_pair(
@@ -131,24 +161,26 @@ def register_pair(
     Returns:
         What became of it.
     """
-    name = pair_name(pair)
-    if is_done(pair, folder, registrar.options):
+    name, options = pair_name(pair), {**registrar.options, "point_frame": point_frame}
+    if is_done(pair, folder, options, exports, picture):
         return Outcome(name, "done before")
     try:
         parts = {key: pair[key] for key in PAIR_KEYS if key in pair}
         save_registration(registrar(**parts, point_frame=point_frame), folder, exports, picture)
-    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        return Outcome(name, "failed", " ".join(str(error).split()) or type(error).__name__)
+    except EXPECTED_ERRORS as error:
+        return Outcome(name, "failed", one_line(error))
     return Outcome(name, "registered")
 
 
-def evaluate_pair(pair: Mapping[str, Any], point_frame: str | None = None) -> dict[str, float]:
+def evaluate_pair(pair: Mapping[str, Any], point_frame: str | None = None, background: float = 0.0) -> dict[str, float]:
     """Measure a transform, whichever program made it, by what goes with the images.
 
     Args:
         pair: files: `moving`, `fixed` and `fixed_to_moving`, a transform that `equireg.transform_files` reads; and
             where they are there `moving_to_fixed`, both labels and both landmarks.
         point_frame: frame of CSV files of landmarks.
+        background: value of the background of the fixed image, whose content inverse consistency is measured on, unless
+            the pair has a mask of it.
 
     Returns:
         Folding and smoothness of the transform on the fixed image's grid, and where it can be measured inverse
@@ -157,7 +189,8 @@ def evaluate_pair(pair: Mapping[str, Any], point_frame: str | None = None) -> di
     Raises:
         ValueError: as `equireg.pairs.read_pair`, or if a transform cannot be read or does not fit the images.
     """
-    parts = read_pair({key: pair.get(key) for key in PAIR_KEYS if not key.endswith("mask")}, None, point_frame)
+    unused = ("moving_mask", "similarity_mask", "initial_transform")
+    parts = read_pair({key: pair.get(key) for key in PAIR_KEYS if key not in unused}, None, point_frame)
     fixed, moving = parts["fixed"], parts["moving"]
     transform = read_transform(pair["fixed_to_moving"])
     field = sample_transform(transform, field_affine(fixed), fixed.shape[1:])
@@ -169,7 +202,8 @@ def evaluate_pair(pair: Mapping[str, Any], point_frame: str | None = None) -> di
     scores.update(regularity(field))
     if pair.get("moving_to_fixed"):
         back = sample_transform(read_transform(pair["moving_to_fixed"]), field_affine(moving), moving.shape[1:])
-        scores.update(round_trip(field, back, fixed.as_tensor() != 0))
+        content = parts["fixed_mask"].as_tensor() if "fixed_mask" in parts else fixed.as_tensor() != background
+        scores.update(round_trip(field, back, content))
     return scores
 
 
@@ -303,10 +337,13 @@ def evaluate_list(
             if not pair.get("fixed_to_moving"):
                 made = folder / name
                 pair = {**pair, **{key: made / f"{key}.nii.gz" for key in ("fixed_to_moving", "moving_to_fixed")}}
-                row["seconds"] = json.loads((made / REPORT).read_text())["seconds"]["total"]
-            rows.append({**row, **evaluate_pair(pair, point_frame)})
-        except (ValueError, OSError, ImportError) as error:
-            failures[name] = " ".join(str(error).split())
+                report = json.loads((made / REPORT).read_text())
+                row["seconds"] = report["seconds"]["total"]
+                row["network_inverse_consistency_mm"] = report["network_inverse_consistency_mm"]
+            background = 0.0 if registrar is None else registrar.options["background"][1]
+            rows.append({**row, **evaluate_pair(pair, point_frame, background)})
+        except EXPECTED_ERRORS as error:
+            failures[name] = one_line(error)
     totals = summary(rows)
     if rows:
         write_table(rows, folder / "evaluation.csv")

@@ -94,8 +94,9 @@ def register(
     """
     arguments = {name: value for name, value in locals().items() if value not in ("", None)}
     from .pairs import PAIR_KEYS
-    from .results import save_registration
+    from .results import results_folder, save_registration
 
+    results_folder(output, _listed(exports))  # what cannot be written at the end is better known now
     registrar = _registrar(arguments)
     parts = {key: arguments[key] for key in PAIR_KEYS if key in arguments}
     result = registrar(**parts, point_frame=point_frame or None)
@@ -160,6 +161,7 @@ def warp(
         raise ValueError(f"the interpolation is linear or nearest, got '{interpolation}'.")
     source, grid = _read_any(image, interpolation), read_image(reference, "reference image", constant=True)
     field = sample_transform(steps, field_affine(grid), grid.shape[1:])
+    _spare(output, image, reference, *_listed(transform))
     write_image(warp_image(source, field, interpolation, background), output)
     print(output)
 
@@ -199,6 +201,7 @@ def _warp_points(
     if start is not None:
         check_inside(landmarks, start.affine, start.shape[1:], points)
     mapped = Landmarks(map_points(landmarks.points_mm, steps), landmarks.names)
+    _spare(output, points, points_image, output_image)
     style_frame = frame if output.endswith(".csv") else None
     write_landmarks(mapped, output, None if end is None else end.affine, style, style_frame)
     print(output)
@@ -316,6 +319,7 @@ def compose(*, transforms: str, output: str, reference: str = "") -> None:
     from .world import field_affine, sample_transform
 
     steps = _read_transforms(transforms)
+    _spare(output, reference, *_listed(transforms))
     if reference:
         grid = read_image(reference, "reference image", constant=True)
         steps = [sample_transform(steps, field_affine(grid), grid.shape[1:])]
@@ -341,6 +345,7 @@ def invert(*, transform: str, output: str, reference: str = "") -> None:
     from .world import affine_inverse, field_affine, invert_transform, sample_transform
 
     steps = _read_transforms(transform)
+    _spare(output, reference, *_listed(transform))
     if not reference:
         if any(step.dim() != 2 for step in steps):
             raise ValueError("the inverse of a displacement field needs a --reference, the image whose grid it gets.")
@@ -370,6 +375,7 @@ def affine(*, transform: str, output: str, mask: str = "") -> None:
     from .world import best_affine, field_affine, sample_transform
 
     steps = _read_transforms(transform)
+    _spare(output, mask, *_listed(transform))
     fields = [step for step in steps if step.dim() != 2]
     if not fields:
         raise ValueError(f"'{transform}' holds no displacement field: it is an affine already.")
@@ -452,7 +458,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")  # of libraries about themselves; what users should know is printed
     try:
         fire.Fire(COMMANDS, command=_normalized(words), name="equireg")
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch has no type of its own for that
+            raise
         print(f"equireg: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -483,13 +491,24 @@ def _normalized(words: Sequence[str]) -> list[str]:
             value = value if equals else next(rest, "--")
             if value.startswith("--"):
                 raise SystemExit(_misuse(f"--{name} needs a value", words[0]))
-            normalized.append(f"--{name}={value!r}" if name in texts else f"--{name}={value}")
+            normalized.append(f"--{name}={value!r}" if name in texts else f"--{name}={_number(name, value)}")
         given.add(name)
     missing = [name for name in known if name in parameters and parameters[name].default is inspect.Parameter.empty]
     missing = [f"--{name}" for name in missing if name not in given]
     if missing:
         raise SystemExit(_misuse(f"{', '.join(missing)} missing", words[0]))
     return normalized
+
+
+def _number(name: str, value: str) -> str:
+    """Check the value of an option that is a number, several separated by commas, or true or false."""
+    try:
+        for part in value.strip("()[]").split(","):
+            if part.strip().lower() not in ("true", "false"):
+                float(part)
+    except ValueError:
+        raise ValueError(f"--{name} is a number, got '{value}'.") from None
+    return value.title() if value.lower() in ("true", "false") else value
 
 
 def _option(word: str, known: Sequence[str], command: str) -> str:
@@ -527,10 +546,19 @@ def _pairs(pairs: str, single: Mapping[str, str]) -> list[dict[str, Any]]:
     if bool(pairs) == bool(single):
         raise ValueError("give --pairs with a .csv or .json list, or a single pair by --moving and --fixed.")
     if not pairs:
+        if not {"moving", "fixed"} <= set(single):
+            raise ValueError("a single pair needs both --moving and --fixed.")
         return [dict(single)]
     listed = load_pairs(pairs)
     require_names(listed)
     return listed
+
+
+def _spare(output: str, *inputs: str) -> None:
+    """Refuse to write over what was read."""
+    from .results import spare_inputs
+
+    spare_inputs([output], inputs)
 
 
 def _read_transforms(files: str) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from .metrics import folding_fraction, sd_log_jacobian, target_registration_erro
 from .spaces import apply_affine
 from .world import field_affine, map_points
 
-__all__ = ["landmark_error", "overlap", "regularity", "round_trip"]
+__all__ = ["jsonable", "landmark_error", "overlap", "regularity", "round_trip"]
 
 _ROUND_TRIPS = 50_000  # voxels from which the way there and back is taken
 
@@ -147,6 +147,20 @@ def round_trip(there: MetaTensor, back: MetaTensor, mask: torch.Tensor | None = 
     }
 
 
+def jsonable(value: Any) -> Any:
+    """Return a nested value with NaN and infinity as None, which JSON has.
+
+    Example:
+        >>> jsonable({"a": [math.nan, 1.0]})
+        {'a': [None, 1.0]}
+    """
+    if isinstance(value, dict):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _cropped(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut two masks `(1, *shape)` to where either is true and a voxel more; add a batch axis. Distances stay."""
     hits = (a | b)[0].nonzero()
@@ -158,12 +172,3 @@ def _mean(values: Sequence[float]) -> float:
     """Return the mean of the values that are not NaN."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def jsonable(value: Any) -> Any:
-    """Return a nested value with NaN and infinity as None, which JSON has."""
-    if isinstance(value, dict):
-        return {key: jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -82,8 +82,9 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
     r"""Read a list of pairs from a JSON or CSV file.
 
     JSON holds a list of dictionaries, or a dictionary with that list as `pairs`; CSV has a header. `moving` and `fixed`
-    are required. Every entry whose name begins with `moving` or `fixed` (`moving_label`, ...) is a file path, resolved
-    against the folder of the list; other entries are passed on, and empty ones are left out.
+    are required. Every entry whose name begins with `moving` or `fixed` (`moving_label`, ...), `similarity_mask` and
+    `initial_transform` are file paths, resolved against the folder of the list; other entries are passed on, and empty
+    ones are left out.
 
     Args:
         path: the `.json` or `.csv` file.
@@ -114,7 +115,7 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
         if missing:
             raise ValueError(f"{where}: no entry for {' and '.join(missing)}, got {sorted(row)}.")
         for key, value in entries.items():
-            if key.startswith(("moving", "fixed")):
+            if key.startswith(("moving", "fixed")) or key in ("similarity_mask", "initial_transform"):
                 entries[key] = _resolve(value, path.parent, f"{where}, {key}")
         pairs.append(entries)
     return pairs

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 
@@ -14,7 +16,7 @@ from .io import itk_grid_affine
 from .landmarks import Landmarks, check_inside, read_landmarks
 from .transform_files import read_affine
 
-__all__ = ["PAIR_KEYS", "input_names", "read_pair"]
+__all__ = ["PAIR_KEYS", "fingerprints", "input_names", "read_pair"]
 
 # What a pair may consist of, and the image whose grid or space each part shares.
 _LABELS = {"moving_label": "moving", "fixed_label": "fixed"}
@@ -32,8 +34,9 @@ def read_pair(
         sources: any of `PAIR_KEYS` to where it comes from; None and what is not there is left out.
             `moving`, `fixed`: see `equireg.images.read_image`. `moving_label`, `fixed_label`, `moving_mask`,
             `fixed_mask`, `similarity_mask` (on the fixed image): label maps on their image's own grid.
-            `moving_points`, `fixed_points`: `Landmarks` or a file of them, inside their image. `initial_transform`:
-            an affine `(D + 1, D + 1)` from fixed to moving points, RAS+ millimeters, or an ITK file of one.
+            `moving_points`, `fixed_points`: `Landmarks`, points `(N, D)` in RAS+ millimeters, or a file, inside their
+            image. `initial_transform`: an affine `(D + 1, D + 1)` from fixed to moving points, RAS+ millimeters, or
+            an ITK file of one.
         spatial_dims: 2 or 3, what the images should be; as they are if left out.
         point_frame: frame of CSV files of landmarks, see `equireg.landmarks.read_landmarks`.
 
@@ -44,7 +47,12 @@ def read_pair(
         ValueError: naming the file, for whatever is missing, damaged or does not fit.
         ImportError: if a format needs a package that is not installed.
     """
-    given = {key: source for key, source in sources.items() if key in PAIR_KEYS and source is not None}
+    unknown = [key for key in sources if key not in PAIR_KEYS]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], PAIR_KEYS, 1)
+        hint = f", did you mean '{near[0]}'" if near else ""
+        raise ValueError(f"a pair has no part '{unknown[0]}'{hint}: expected {', '.join(PAIR_KEYS)}.")
+    given = {key: source for key, source in sources.items() if source is not None}
     pair: dict[Any, Any] = {}
     for key in ("moving", "fixed"):
         if key not in given:
@@ -57,6 +65,9 @@ def read_pair(
             f"{list(pair['fixed'].shape[1:])}."
         )
     dims = pair["fixed"].dim() - 1
+    for key in ("moving", "fixed"):
+        if dims == 3 and 1 in pair[key].shape[1:]:
+            raise ValueError(f"the {key} image is a single slice, {list(pair[key].shape[1:])}: register it in 2D.")
     for key, source in given.items():
         role = key.replace("_", " ")
         if key in _LABELS:
@@ -66,12 +77,7 @@ def read_pair(
         elif key in _POINTS:
             pair[key] = _read_points(source, pair[_POINTS[key]], point_frame)
         elif key == "initial_transform":
-            pair[key] = source if isinstance(source, torch.Tensor) else read_affine(source)
-            if pair[key].shape != (dims + 1, dims + 1):
-                raise ValueError(
-                    f"the initial transform should be an affine of {dims}D points, got one of "
-                    f"{len(pair[key]) - 1}D points."
-                )
+            pair[key] = _initial_affine(source, dims)
     if "moving_points" in pair and "fixed_points" in pair:
         counts = [len(pair[key].points_mm) for key in ("moving_points", "fixed_points")]
         if counts[0] != counts[1]:
@@ -98,6 +104,42 @@ def input_names(sources: Mapping[str, Any]) -> dict[str, str | None]:
     return {key: str(Path(at).absolute()) if isinstance(at, (str, Path)) else None for key, at in given.items()}
 
 
+def fingerprints(sources: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    """Say in which state the files of a pair are, so that another state of them can be told.
+
+    Args:
+        sources: as for `read_pair`.
+
+    Returns:
+        Bytes and time of the last change of each part, of all files of a folder; None for what was in memory.
+    """
+    names = input_names(sources)
+    return {key: None if name is None else _fingerprint(Path(name)) for key, name in names.items()}
+
+
+def _fingerprint(path: Path) -> list[int]:
+    # A header such as .mhd or .nhdr has its values in a file beside it.
+    beside = path.parent.glob(f"{path.stem}.*") if path.suffix.lower() in (".mhd", ".nhdr") else [path]
+    files = [file for file in (path.rglob("*") if path.is_dir() else beside) if file.is_file()]
+    states = [file.stat() for file in files]
+    return [sum(state.st_size for state in states), sum(state.st_mtime_ns for state in states)]
+
+
+def _initial_affine(source: Any, dims: int) -> torch.Tensor:
+    """Return an affine between points, from a file or an array."""
+    in_memory = isinstance(source, (torch.Tensor, np.ndarray))
+    affine = torch.as_tensor(source, dtype=torch.float64) if in_memory else read_affine(source)
+    last_row = torch.tensor([*[0.0] * dims, 1.0], dtype=torch.float64)
+    if affine.shape != (dims + 1, dims + 1) or not torch.equal(affine[-1], last_row):
+        raise ValueError(
+            f"the initial transform should be an affine of {dims}D points, {dims + 1} x {dims + 1} with a last row of "
+            f"zeros and a one, got {affine.tolist()}."
+        )
+    if not bool(torch.isfinite(affine).all()) or not torch.linalg.det(affine[:dims, :dims]).abs() > 1e-9:
+        raise ValueError(f"the initial transform should be finite and have an inverse, got {affine.tolist()}.")
+    return affine
+
+
 def _require_itk_grid(image: MetaTensor, source: Any, key: str) -> None:
     """Refuse a grid on which a transform that ITK reads could not be written."""
     try:
@@ -109,6 +151,8 @@ def _require_itk_grid(image: MetaTensor, source: Any, key: str) -> None:
 
 def _read_points(source: Any, image: Any, frame: str | None) -> Landmarks:
     """Read landmarks that lie in an image."""
+    if isinstance(source, (torch.Tensor, np.ndarray)):
+        source = Landmarks(torch.as_tensor(source))
     if isinstance(source, Landmarks):
         check_inside(source, image.affine, image.shape[1:], "landmarks")
         return source

@@ -211,7 +211,7 @@ class PreparePaird(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of the item with the pair, and with `network_moving` and `network_fixed`, the two images in it.
 
-        Their affines place the two images in the world as it is, whatever the initial affine.
+        The affine of `network_moving` places it where the initial affine takes its points from.
         """
         item = dict(data)
         moving, fixed = item[self.moving_key], item[self.fixed_key]
@@ -222,15 +222,13 @@ class PreparePaird(Transform):
             )
         dims = fixed.dim() - 1
         axes = network_axes(field_affine(fixed), dims, self.spacing)
-        initial = torch.eye(dims + 1, dtype=torch.float64)
+        started = moving
         if item.get(self.initial_key) is not None:
             initial = world_matrix(item[self.initial_key], dims)
-        # The initial affine takes the moving image to where its points come from, and its result back.
-        started = _placed(_plain(moving), torch.linalg.inv(initial) @ field_affine(moving), moving)
+            started = _placed(_plain(moving), torch.linalg.inv(initial) @ field_affine(moving), moving)
         masks = [item.get(key) for key in self.mask_keys]
         seen_moving = network_image(started, axes, masks[0], self.backgrounds[0])
         seen_fixed = network_image(fixed, axes, masks[1], self.backgrounds[1])
-        seen_moving.affine = four_by_four(initial @ field_affine(seen_moving))
         item["network_moving"], item["network_fixed"] = seen_moving, seen_fixed
         item[self.image_key] = StackPair(pad=True)(seen_moving, seen_fixed)
         return item
@@ -244,6 +242,8 @@ class RestorePaird(Transform):
             matter here.
         fixed_key: the fixed image, whose grid the field gets.
         output_key: where the field `(D, *fixed shape)` goes, see `equireg.world`.
+        initial_key: item with the affine from fixed to moving points that was started from, if there was one. It is put
+            behind the network's answer as a step of its own, so that it holds beyond what the network saw.
 
     Raises:
         ValueError: when called, if the prediction does not cover what the network saw of the fixed image.
@@ -257,15 +257,23 @@ class RestorePaird(Transform):
 
     backend = [TransformBackends.TORCH]
 
-    def __init__(self, pred_key: str = "pred", fixed_key: str = "fixed", output_key: str = "fixed_to_moving") -> None:
+    def __init__(
+        self,
+        pred_key: str = "pred",
+        fixed_key: str = "fixed",
+        output_key: str = "fixed_to_moving",
+        initial_key: str = "initial_transform",
+    ) -> None:
         self.pred_key, self.fixed_key, self.output_key = pred_key, fixed_key, output_key
+        self.initial_key = initial_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of the item with the field added."""
         item = dict(data)
-        seen = restored_field(item[self.pred_key], item["network_moving"], item["network_fixed"])
-        fixed = item[self.fixed_key]
-        field = sample_transform([seen], field_affine(fixed), fixed.shape[1:])
+        fixed, initial = item[self.fixed_key], item.get(self.initial_key)
+        steps: list[torch.Tensor] = [restored_field(item[self.pred_key], item["network_moving"], item["network_fixed"])]
+        steps += [] if initial is None else [_plain(initial)]
+        field = sample_transform(steps, field_affine(fixed), fixed.shape[1:])
         item[self.output_key] = _placed(_plain(field), field_affine(fixed), fixed)
         return item
 

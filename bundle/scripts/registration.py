@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +22,7 @@ from .landmarks import Landmarks
 from .losses import LocalCorrelationLoss, MINDSSCLoss
 from .networks import PairNetwork
 from .optimization import FieldOptimization, NetworkOptimization
-from .pairs import input_names, read_pair
+from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
 from .preparation import PreparePaird, RestorePaird, restored_field
 from .report import describe, measure, network_inconsistency
 from .weights import load_network, weights_record
@@ -81,8 +85,14 @@ def register(moving: Any, fixed: Any, **arguments: Any) -> Registration:
         >>> register(image, image, weights="vessels").fixed_to_moving.shape
         torch.Size([2, 40, 40])
     """
-    registrar = {name: arguments.pop(name) for name in Registrar.OPTIONS if name in arguments}
-    return Registrar(**registrar)(moving, fixed, **arguments)
+    parts = {name: value for name, value in arguments.items() if name not in Registrar.OPTIONS}
+    unknown = [name for name in parts if name not in (*PAIR_KEYS, "point_frame")]
+    if unknown:
+        known = (*Registrar.OPTIONS, *PAIR_KEYS, "point_frame")
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise ValueError(f"register has no argument '{unknown[0]}'{f', did you mean {near[0]}' if near else ''}.")
+    options = {name: value for name, value in arguments.items() if name in Registrar.OPTIONS}
+    return Registrar(**options)(moving, fixed, **parts)
 
 
 class Registrar:
@@ -130,14 +140,22 @@ class Registrar:
                 f"the method is {' or '.join(METHODS)} and the similarity {' or '.join(SIMILARITIES)}, got '{method}' "
                 f"and '{similarity}'."
             )
-        if not isinstance(optimize, int) or isinstance(optimize, bool) or optimize < 0:
+        if not hasattr(optimize, "__index__") or isinstance(optimize, bool) or optimize < 0:
             raise ValueError(f"optimize is a number of steps, 0 or more, got {optimize!r}.")
+        optimize = operator.index(optimize)
+        for value in (background, fixed_background):
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"the background is a number, got {value!r}.")
         record: dict[str, Any] = {"name": type(weights).__name__}
-        if not isinstance(weights, nn.Module):
-            record, weights = weights_record(weights), load_network(weights)
+        if isinstance(weights, nn.Module):
+            network = copy.deepcopy(weights)  # its mode and device stay the caller's
+        elif isinstance(weights, (str, Path)):
+            record, network = weights_record(weights), load_network(weights)
+        else:
+            raise ValueError(f"weights are a name, a file or a network, got {weights!r}.")
         self.device = _device(device)
-        self.network = PairNetwork(weights.to(self.device)).eval()
-        self.spatial_dims = int(weights.spatial_dims)  # type: ignore[arg-type]
+        self.network = PairNetwork(network.to(self.device)).eval()
+        self.spatial_dims = int(network.spatial_dims)  # type: ignore[arg-type]
         self.background = float(background)
         self.similarity = LocalCorrelationLoss(sigma=2.0) if similarity == "lncc" else MINDSSCLoss(radius=1, dilation=1)
         spacing = record.get("spacing_mm") if spacing is None else spacing
@@ -160,10 +178,12 @@ class Registrar:
 
     def __call__(self, moving: Any, fixed: Any, *, point_frame: str | None = None, **parts: Any) -> Registration:
         """Register a pair; see `register`."""
+        sources = {"moving": moving, "fixed": fixed, **parts}
+        states = fingerprints(sources)  # before anything is read
         seconds: dict[str, float] = {}
         with _timed(seconds, "total"):
             with _timed(seconds, "read"):
-                pair = read_pair({"moving": moving, "fixed": fixed, **parts}, self.spatial_dims, point_frame)
+                pair = read_pair(sources, self.spatial_dims, point_frame)
             with _timed(seconds, "prepare"):
                 seen = self.prepare(pair)
                 counted = _counted(seen)
@@ -189,9 +209,10 @@ class Registrar:
                     **measure(pair, fixed_to_moving, moving_to_fixed, moved_label, self.prepare.backgrounds[1]),
                 }
         report = {
-            "inputs": input_names({"moving": moving, "fixed": fixed, **parts}),
+            "inputs": input_names(sources),
+            "input_states": states,
             **describe(seen, self.prepare.backgrounds),
-            "options": self.options,
+            "options": {**self.options, "point_frame": point_frame},
             **measured,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }

@@ -17,7 +17,7 @@ from .evaluation import landmark_error, overlap, regularity, round_trip
 from .fields import compose
 from .world import best_affine, field_affine, sample_transform, warp_image
 
-__all__ = ["describe", "measure", "network_inconsistency"]
+__all__ = ["describe", "measure", "network_inconsistency", "software"]
 
 
 def describe(seen: Mapping[Any, Any], backgrounds: Sequence[float]) -> dict[str, Any]:
@@ -37,18 +37,30 @@ def describe(seen: Mapping[Any, Any], backgrounds: Sequence[float]) -> dict[str,
         "network": {
             name: {**_image(seen[f"network_{name}"]), "content": _content(seen, name)} for name in ("moving", "fixed")
         },
-        "software": {
-            "equireg": _version(),
-            "torch": torch.__version__,
-            "monai": monai.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        },
+        "software": software(),
         "warnings": [
             warning
             for name, background in zip(("moving", "fixed"), backgrounds)
             for warning in _doubts(seen[name], name, None if f"{name}_mask" in seen else background)
         ],
+    }
+
+
+def software() -> dict[str, str]:
+    """Return the versions on which a result depends, and what it ran on.
+
+    Example:
+        >>> sorted(software())
+        ['equireg', 'machine', 'monai', 'python', 'torch']
+    """
+    from . import __version__
+
+    return {
+        "equireg": __version__,
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
 
 
@@ -133,13 +145,12 @@ def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[
         return
     lowest = image.min().item()
     if lowest < background:
-        yield (
-            f"the {name} image has values below its background ({background:g}), down to {lowest:g}: if that is its "
-            f"background, as in CT, say so with background={lowest:g}, or give a mask."
+        # A background is what there is most of: a few dark voxels are none.
+        common = bool((image == lowest).float().mean() > 0.01)
+        advice = (
+            f"if that is its background, say so with background={lowest:g}" if common else "if it has another, say so"
         )
-
-
-def _version() -> str:
-    from . import __version__
-
-    return __version__
+        yield (
+            f"the {name} image has values below its background ({background:g}), down to {lowest:g}: {advice}, or give "
+            "a mask; air in CT is about -1024."
+        )

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .registration import Registration
 from .transform_files import write_affine, write_transform
 from .world import affine_inverse, index_displacement, split_affine
 
-__all__ = ["EXPORTS", "save_registration", "write_text"]
+__all__ = ["EXPORTS", "REPORT", "results_folder", "save_registration", "spare_inputs", "write_text"]
 
 EXPORTS = ("h5", "affine", "learn2reg")
 REPORT = "report.json"
@@ -61,17 +61,16 @@ def save_registration(
         OSError: if a file cannot be written.
     """
     exports = tuple(exports)
-    if not set(exports) <= set(EXPORTS):
-        raise ValueError(f"exports are any of {', '.join(EXPORTS)}, got {', '.join(exports)}.")
-    folder = writable_folder(folder)
-    report = dict(registration.report)
+    folder = results_folder(folder, exports)
+    report = {**registration.report, "exports": sorted(exports), "picture": picture}
     writers = {**_writers(registration), **_exporters(registration, exports)}
     if picture and optional_import("matplotlib")[1]:
         writers["picture"] = ("qc.png", partial(_draw, registration))
     elif picture:
         report["warnings"] = [*report["warnings"], "no picture: matplotlib is not installed."]
     targets = {what: folder / name for what, (name, _) in writers.items()} | {"report": folder / REPORT}
-    _spare_inputs(targets.values(), registration.pair)
+    spare_inputs(targets.values(), report["inputs"].values())
+    stale = _written_before(folder) - set(targets.values())
     report["files"] = {what: path.name for what, path in targets.items()}
     staging = Path(tempfile.mkdtemp(prefix=".registering_", dir=folder))
     try:
@@ -79,6 +78,8 @@ def save_registration(
             write(staging / name)
         (staging / REPORT).write_text(json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n")
         (folder / REPORT).unlink(missing_ok=True)  # until all is there again, nothing says that it is
+        for path in stale:
+            path.unlink(missing_ok=True)  # results of another registration do not stay beside these
         for path in targets.values():
             os.replace(staging / path.name, path)
     finally:
@@ -158,15 +159,51 @@ def _stem(image: MetaTensor, role: str) -> str:
     return file_stem(image.meta.get("filename_or_obj") or role)
 
 
-def _spare_inputs(targets: Iterable[Path], pair: Mapping[str, Any]) -> None:
-    """Refuse to put a result where an input lies."""
-    inputs = {
-        str(part.meta["filename_or_obj"]) for part in pair.values() if getattr(part, "meta", {}).get("filename_or_obj")
-    }
-    for target in targets:
-        for path in inputs:
-            if target.exists() and Path(path).exists() and target.samefile(path):
-                raise ValueError(f"the result '{target}' would take the place of an input: choose another folder.")
+def results_folder(folder: str | Path, exports: Iterable[str] = ()) -> Path:
+    """Make sure, before the work is done, that its results can be written.
+
+    Args:
+        folder: where they will go; it is made if it does not exist.
+        exports: as for `save_registration`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for an unknown export, or a folder that cannot be written to.
+        ImportError: if an export needs a package that is not installed.
+    """
+    exports = tuple(exports)
+    if not set(exports) <= set(EXPORTS):
+        raise ValueError(f"exports are any of {', '.join(EXPORTS)}, got {', '.join(exports)}.")
+    if {"h5", "affine"} & set(exports) and not optional_import("itk")[1]:
+        raise ImportError("the exports h5 and affine need ITK for Python: pip install itk, or 'equireg[itk]'.")
+    return writable_folder(folder)
+
+
+def spare_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:
+    """Refuse to put a result where an input lies.
+
+    Args:
+        targets: files that are to be written.
+        inputs: files that were read; None and what is no file is left out.
+
+    Raises:
+        ValueError: naming the first target that is an input.
+    """
+    there = [Path(path) for path in inputs if path and Path(path).exists()]
+    for target in map(Path, targets):
+        if target.exists() and any(target.samefile(path) for path in there):
+            raise ValueError(f"the result '{target}' would take the place of an input: choose another name or folder.")
+
+
+def _written_before(folder: Path) -> set[Path]:
+    """Return the results that an earlier registration left in a folder, by its report."""
+    try:
+        names = json.loads((folder / REPORT).read_text())["files"].values()
+        return {folder / Path(name).name for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def write_text(text: str, path: Path) -> Path:
