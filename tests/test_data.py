@@ -91,7 +91,7 @@ def test_load_pairs_names_file_and_row(images: Path, name: str, content: Any, me
 
 @pytest.mark.parametrize("name", ["absent.csv", "absent.json"])
 def test_load_pairs_of_a_missing_list(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"Cannot read '.*{name}'"):
+    with pytest.raises(ValueError, match=f"no list of pairs '.*{name}'"):
         load_pairs(tmp_path / name)
 
 

@@ -143,7 +143,7 @@ def show(panel: Axes, image: np.ndarray, title: str = "", extent: Extent | None 
         extent: left, right, lower and upper edge of the image in the panel's unit; pixel indices if left out.
     """
     options: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1} if image.ndim == 2 else {}
-    panel.imshow(np.swapaxes(image, 0, 1), origin="lower", extent=extent, **options)
+    panel.imshow(np.swapaxes(np.clip(image, 0, 1), 0, 1), origin="lower", extent=extent, **options)
     panel.set(xticks=[], yticks=[], facecolor="black")
     panel.spines[:].set_visible(False)
     if title:

@@ -19,7 +19,7 @@ from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
 from .progress import progress
 from .registration import Registrar
 from .report import software
-from .results import REPORT, save_registration, write_text
+from .results import REPORT, check_results, save_registration, write_text
 from .transform_files import read_transform
 from .world import field_affine, sample_transform, warp_image
 
@@ -62,7 +62,7 @@ class Outcome:
     Args:
         name: of the pair.
         status: "registered", "done before" or "failed".
-        message: what went wrong, one sentence.
+        message: what went wrong, one sentence; or what may be wrong with the result.
     """
 
     name: str
@@ -166,10 +166,11 @@ def register_pair(
         return Outcome(name, "done before")
     try:
         parts = {key: pair[key] for key in PAIR_KEYS if key in pair}
-        save_registration(registrar(**parts, point_frame=point_frame), folder, exports, picture)
+        result = registrar(**parts, point_frame=point_frame)
+        save_registration(result, folder, exports, picture)
     except EXPECTED_ERRORS as error:
         return Outcome(name, "failed", one_line(error))
-    return Outcome(name, "registered")
+    return Outcome(name, "registered", " ".join(result.report["warnings"]))
 
 
 def evaluate_pair(pair: Mapping[str, Any], point_frame: str | None = None, background: float = 0.0) -> dict[str, float]:
@@ -289,6 +290,7 @@ def register_list(
     Raises:
         ValueError: if the folder cannot be written to.
     """
+    check_results(folder, exports)
     folder = writable_folder(folder)
     outcomes: list[Outcome] = []
     for pair in progress(pairs, "registering", "pair"):
@@ -340,11 +342,13 @@ def evaluate_list(
                 report = json.loads((made / REPORT).read_text())
                 row["seconds"] = report["seconds"]["total"]
                 row["network_inverse_consistency_mm"] = report["network_inverse_consistency_mm"]
+                row["warnings"] = " ".join(report["warnings"])
             background = 0.0 if registrar is None else registrar.options["background"][1]
             rows.append({**row, **evaluate_pair(pair, point_frame, background)})
         except EXPECTED_ERRORS as error:
             failures[name] = one_line(error)
     totals = summary(rows)
+    (folder / "evaluation.csv").unlink(missing_ok=True)
     if rows:
         write_table(rows, folder / "evaluation.csv")
     result = {"pairs": len(pairs), "failed": failures, "summary": totals}

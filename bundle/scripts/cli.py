@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -61,13 +62,14 @@ def register(
     whether it worked; report.json, with all that was seen and measured; and moved labels and points if there are some.
 
     Args:
-        moving: the image to be moved: NIfTI, NRRD, MetaImage, or a folder with a DICOM series.
+        moving: the image to be moved (NIfTI, NRRD, MetaImage, PNG, or a folder with a DICOM series).
         fixed: the image to register to.
         output: folder for the results, made if missing.
         weights: trained for what the images show: a name, such as hippocampus (3D MR) or vessels (2D retina), or the
             path of a file that training wrote.
         device: where the network runs: cpu or cuda.
-        spacing: at which the network sees the images, millimeters; that of the weights if left out.
+        spacing: at which the network sees the images, millimeters, one number or one for each axis (1,1,2); that of the
+            weights if left out. For vessels choose it so that the retina spans about 100 voxels.
         optimize: steps of instance optimization after the network's answer, such as 50: better and slower.
         method: what is optimized: field (fast) or network (a copy of the weights, as in the CARL paper).
         similarity: what is optimized and reported: lncc (one modality) or mind (two modalities).
@@ -94,12 +96,12 @@ def register(
     """
     arguments = {name: value for name, value in locals().items() if value not in ("", None)}
     from .pairs import PAIR_KEYS
-    from .results import results_folder, save_registration
+    from .results import check_results, save_registration
 
-    results_folder(output, _listed(exports))  # what cannot be written at the end is better known now
+    check_results(output, _listed(exports))  # what cannot be written at the end is better known now
     registrar = _registrar(arguments)
     parts = {key: arguments[key] for key in PAIR_KEYS if key in arguments}
-    result = registrar(**parts, point_frame=point_frame or None)
+    result = registrar(**parts, point_frame=point_frame.lower() or None)
     files = save_registration(result, output, _listed(exports), picture)
     report = result.report
     print(f"{', '.join(path.name for path in files.values())} in {output}")
@@ -150,7 +152,7 @@ def warp(
         raise ValueError("warp takes an --image with a --reference, or --points.")
     steps = _read_transforms(transform)
     if points:
-        _warp_points(steps, points, output, point_frame or None, points_image, output_image, style or None)
+        _warp_points(steps, points, output, point_frame.lower() or None, points_image, output_image, style or None)
         return
     from .images import read_image, write_image
     from .world import field_affine, sample_transform, warp_image
@@ -161,6 +163,8 @@ def warp(
         raise ValueError(f"the interpolation is linear or nearest, got '{interpolation}'.")
     source, grid = _read_any(image, interpolation), read_image(reference, "reference image", constant=True)
     field = sample_transform(steps, field_affine(grid), grid.shape[1:])
+    if interpolation == "linear" and len(source.flatten()[:: max(1, source.numel() // 10_000)].unique()) < 20:
+        print("warning: the image looks like a label map: --interpolation nearest keeps its values.", file=sys.stderr)
     _spare(output, image, reference, *_listed(transform))
     write_image(warp_image(source, field, interpolation, background), output)
     print(output)
@@ -188,18 +192,21 @@ def _warp_points(
     style: str | None,
 ) -> None:
     """Take a file of landmarks through a transform."""
+    from monai.data import MetaTensor
+
     from .images import read_image
     from .landmarks import Landmarks, check_inside, read_landmarks, write_landmarks
     from .world import map_points
 
-    dims = steps[0].dim() - 1 if len(steps[0].shape) > 2 else len(steps[0]) - 1
+    dims = steps[0].dim() - 1 if steps[0].dim() > 2 else len(steps[0]) - 1
     start, end = (
         read_image(path, f"image of the {what}", dims, constant=True) if path else None
         for what, path in (("points", points_image), ("output", output_image))
     )
     landmarks = read_landmarks(points, None if start is None else start.affine, frame, dims)
-    if start is not None:
-        check_inside(landmarks, start.affine, start.shape[1:], points)
+    grid = start if start is not None else steps[0]  # points start on the grid of a displacement field
+    if isinstance(grid, MetaTensor):
+        check_inside(landmarks, grid.affine, grid.shape[1:], points)
     mapped = Landmarks(map_points(landmarks.points_mm, steps), landmarks.names)
     _spare(output, points, points_image, output_image)
     style_frame = frame if output.endswith(".csv") else None
@@ -242,8 +249,8 @@ def evaluate(
         moving_to_fixed: its transform from moving to fixed points, for the inverse consistency.
         exports: as for `equireg register`.
         picture: as for `equireg register`.
-        options: how to register, all as for `equireg register`: weights, device, spacing, optimize, method, similarity,
-            background, fixed_background; and point_frame.
+        options: how to register, all as for `equireg register`, namely weights, device, spacing, optimize, method,
+            similarity, background, fixed_background and point_frame.
 
     Example:
         equireg evaluate --pairs pairs.csv --weights hippocampus --output evaluation
@@ -254,7 +261,7 @@ def evaluate(
     listed = _pairs(pairs, single)
     to_register = [pair for pair in listed if not pair.get("fixed_to_moving")]
     registrar = _registrar(options) if to_register else None
-    frame = options.get("point_frame") or None
+    frame = options.get("point_frame", "").lower() or None
     rows, failures, totals = evaluate_list(listed, registrar, output, _listed(exports), picture, frame)
     if rows:
         _print_table(
@@ -269,7 +276,7 @@ def evaluate(
                 for name, entry in totals.items()
             ],
         )
-    print(f"{Path(output) / 'evaluation.csv'}")
+        print(Path(output) / "evaluation.csv")
     _end_with(failures, len(listed))
 
 
@@ -280,14 +287,15 @@ def batch(*, pairs: str, output: str, exports: str = "", picture: bool = True, *
     others. Ends with a table of failures and, if there are some, with exit code 1.
 
     Args:
-        pairs: list of pairs, .csv or .json: columns moving and fixed, and where wanted name (of the folder) and what
-            `equireg register` takes: moving_label, fixed_label, moving_points, fixed_points, moving_mask, fixed_mask,
-            similarity_mask, initial_transform. Files are named from the folder of the list.
+        pairs: list of pairs, .csv or .json, with columns moving and fixed and, where wanted, name (of the folder),
+            moving_label, fixed_label, moving_points, fixed_points, moving_mask, fixed_mask, similarity_mask and
+            initial_transform, which are what they are for `equireg register`. Files are named from the folder of the
+            list.
         output: folder for the results, made if missing.
         exports: as for `equireg register`.
         picture: as for `equireg register`.
-        options: how to register, all as for `equireg register`: weights, device, spacing, optimize, method, similarity,
-            background, fixed_background; and point_frame.
+        options: how to register, all as for `equireg register`, namely weights, device, spacing, optimize, method,
+            similarity, background, fixed_background and point_frame.
 
     Example:
         equireg batch --pairs pairs.csv --weights hippocampus --output registered
@@ -295,7 +303,7 @@ def batch(*, pairs: str, output: str, exports: str = "", picture: bool = True, *
     from .batch import register_list
 
     listed = _pairs(pairs, {})
-    frame = options.get("point_frame") or None
+    frame = options.get("point_frame", "").lower() or None
     outcomes = register_list(listed, _registrar(options), output, _listed(exports), picture, frame)
     counts = {status: sum(o.status == status for o in outcomes) for status in ("registered", "done before", "failed")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
@@ -454,6 +462,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import fire
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        from . import __version__
+
+        print(f"equireg {__version__}")
+        return
+    if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        near = difflib.get_close_matches(words[0], COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        print(f"equireg: no command '{words[0]}': {hint}", file=sys.stderr)
+        raise SystemExit(2)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # of libraries about themselves; what users should know is printed
     try:
@@ -474,24 +492,31 @@ def _normalized(words: Sequence[str]) -> list[str]:
     Values of texts are quoted, because a file called 007 is not the number seven.
     """
     command = COMMANDS.get(words[0]) if words else None
-    if command is None or {"--help", "-h"} & set(words):
+    if command is None:
         return list(words)
+    if {"--help", "-h"} & set(words):
+        return [words[0], "--", "--help"]  # what Fire shows without calling the command
     parameters = inspect.signature(command).parameters
     known = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     texts = {name for name in known if parameters[name].annotation == "str"} | set(_TEXT_OPTIONS)
     switches = {name for name in known if parameters[name].annotation == "bool"}
     known += _OPTIONS if len(known) < len(parameters) else ()
-    normalized, given, rest = [words[0]], set(), iter(words[1:])
-    for word in rest:
-        name, equals, value = word.partition("=")
+    normalized, given, rest = [words[0]], set(), list(words[1:])
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
         name = _option(name, [*known, *(f"no{switch}" for switch in switches)], words[0])
-        if name.removeprefix("no") in switches and not equals:
-            normalized.append(f"--{name}")
-        else:
-            value = value if equals else next(rest, "--")
-            if value.startswith("--"):
-                raise SystemExit(_misuse(f"--{name} needs a value", words[0]))
-            normalized.append(f"--{name}={value!r}" if name in texts else f"--{name}={_number(name, value)}")
+        if not equals:
+            is_switch = name.removeprefix("no") in switches
+            if is_switch and (not rest or rest[0].lower() not in ("true", "false")):
+                value = "True"
+            else:
+                value = rest.pop(0) if rest else "--"
+        if not value or value.startswith("--"):
+            raise SystemExit(_misuse(f"--{name} needs a value", words[0]))
+        if name not in known:
+            name, value = name.removeprefix("no"), str(value.lower() != "true")
+        text = os.path.expanduser(value) if name in texts else _number(name, value)
+        normalized.append(f"--{name}={text!r}" if name in texts else f"--{name}={text}")
         given.add(name)
     missing = [name for name in known if name in parameters and parameters[name].default is inspect.Parameter.empty]
     missing = [f"--{name}" for name in missing if name not in given]
@@ -514,6 +539,7 @@ def _number(name: str, value: str) -> str:
 def _option(word: str, known: Sequence[str], command: str) -> str:
     """Return the name of an option that a command has, given as `--name` or by a letter, as the help shows them."""
     name = word.lstrip("-").replace("-", "_")
+    name = f"no{name[3:]}" if name.startswith("no_") else name
     if word.startswith("--") and name in known:
         return name
     short = [option for option in known if option[0] == name]
@@ -549,9 +575,22 @@ def _pairs(pairs: str, single: Mapping[str, str]) -> list[dict[str, Any]]:
         if not {"moving", "fixed"} <= set(single):
             raise ValueError("a single pair needs both --moving and --fixed.")
         return [dict(single)]
-    listed = load_pairs(pairs)
+    listed = load_pairs(pairs, exist=False)  # a missing file fails its pair, not the list
     require_names(listed)
+    _check_columns(listed, pairs)
     return listed
+
+
+def _check_columns(pairs: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Refuse columns that look like a misspelled one; others may hold what they like."""
+    from .pairs import PAIR_KEYS
+
+    known = (*PAIR_KEYS, "name", "fixed_to_moving", "moving_to_fixed")
+    for column in dict.fromkeys(key for pair in pairs for key in pair if key not in known):
+        near = difflib.get_close_matches(column, known, 1, cutoff=0.75)
+        if near or column.startswith(("moving", "fixed")):
+            hint = f"did you mean '{near[0]}'?" if near else f"expected {', '.join(known)}."
+            raise ValueError(f"'{path}' has a column '{column}', which means nothing: {hint}")
 
 
 def _spare(output: str, *inputs: str) -> None:
@@ -565,7 +604,10 @@ def _read_transforms(files: str) -> list[torch.Tensor]:
     """Read transforms, separated by commas, as one list of steps."""
     from .transform_files import read_transform
 
-    return [step for path in _listed(files) for step in read_transform(path)]
+    steps = [step for path in _listed(files) for step in read_transform(path)]
+    if not steps:
+        raise ValueError(f"expected one transform or several, separated by commas, got '{files}'.")
+    return steps
 
 
 def _listed(text: str) -> list[str]:

@@ -231,7 +231,7 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         ...     writable_folder(Path(folder, "new", "results")).name
         'results'
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -273,7 +273,10 @@ def _load(source: Source, role: str, spatial_dims: int | None) -> Scan:
     if values.ndim < 2:
         raise ValueError(f"The {what} has shape {values.shape}: choose an image with two or three axes.")
     if spatial_dims == 3 and values.ndim == 2:
-        raise ValueError(f"The {what} is 2D, of shape {values.shape}: choose a 3D image, or register in 2D.")
+        raise ValueError(
+            f"The {what} is 2D, of shape {values.shape}: choose a 3D image, or register in 2D, with weights such as "
+            "vessels."
+        )
     affine = _checked_affine(scan.affine, values.ndim, what)
     if spatial_dims == 2 and values.ndim == 3:
         values, affine = _single_slice(values, affine, what)
@@ -342,7 +345,8 @@ def _single_slice(values: np.ndarray, affine: np.ndarray, what: str) -> tuple[np
     single = [axis for axis in (2, 1, 0) if values.shape[axis] == 1]
     if not single:
         raise ValueError(
-            f"The {what} is 3D, of shape {values.shape}: choose a 2D image or a volume of one slice, or register in 3D."
+            f"The {what} is 3D, of shape {values.shape}: choose a 2D image or a volume of one slice, or register in "
+            "3D, with weights such as hippocampus."
         )
     for axis in single:
         kept = [i for i in range(3) if i != axis]

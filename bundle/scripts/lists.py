@@ -37,14 +37,14 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"'{path}' is not valid JSON: {error}.") from error
 
 
-def _resolve(value: Any, folder: Path, where: str) -> Any:
+def _resolve(value: Any, folder: Path, where: str, exists: bool = True) -> Any:
     """Make a path, or a list of them (one file per channel), absolute and check that the files exist."""
     if isinstance(value, list) and value:
-        return [_resolve(entry, folder, where) for entry in value]
+        return [_resolve(entry, folder, where, exists) for entry in value]
     if not isinstance(value, str) or not value:
         raise ValueError(f"{where}: expected a file path, got {value!r}.")
     path = (folder / Path(value).expanduser()).absolute()
-    if not path.exists():
+    if exists and not path.exists():
         raise ValueError(f"{where}: '{value}' does not exist (looked for '{path}').")
     return str(path)
 
@@ -55,12 +55,17 @@ def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, skipinitialspace=True)
+            header = reader.fieldnames or []
+            if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+                raise ValueError(f"'{path}': cells should be separated by commas, got {header[0]!r}.")
             for row in reader:
                 where = f"'{path}', line {reader.line_num}"
                 if None in row or None in row.values():  # how DictReader marks cells too many or too few
                     raise ValueError(f"{where}: expected {len(reader.fieldnames or [])} cells, as in the header.")
                 rows.append((where, {key.strip(): cell.strip() for key, cell in row.items()}))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Cannot read '{path}': it should be saved as UTF-8.") from error
+    except (OSError, csv.Error) as error:
         raise ValueError(f"Cannot read '{path}': {error}.") from error
     return rows
 
@@ -78,7 +83,7 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(f"'{path}', pair {number}", pair) for number, pair in enumerate(pairs, start=1)]
 
 
-def load_pairs(path: str | Path) -> list[dict[str, Any]]:
+def load_pairs(path: str | Path, exist: bool = True) -> list[dict[str, Any]]:
     r"""Read a list of pairs from a JSON or CSV file.
 
     JSON holds a list of dictionaries, or a dictionary with that list as `pairs`; CSV has a header. `moving` and `fixed`
@@ -88,6 +93,7 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
 
     Args:
         path: the `.json` or `.csv` file.
+        exist: refuse the list if one of its files is missing.
 
     Returns:
         One dictionary per pair, with absolute paths; `monai.data.Dataset` takes the list as it is.
@@ -105,6 +111,8 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
         ['b.nii']
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no list of pairs '{path}'.")
     rows = _read_rows(path)
     if not rows:
         raise ValueError(f"'{path}': the list holds no pair.")
@@ -116,7 +124,7 @@ def load_pairs(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: no entry for {' and '.join(missing)}, got {sorted(row)}.")
         for key, value in entries.items():
             if key.startswith(("moving", "fixed")) or key in ("similarity_mask", "initial_transform"):
-                entries[key] = _resolve(value, path.parent, f"{where}, {key}")
+                entries[key] = _resolve(value, path.parent, f"{where}, {key}", exist)
         pairs.append(entries)
     return pairs
 

@@ -24,7 +24,7 @@ from .networks import PairNetwork
 from .optimization import FieldOptimization, NetworkOptimization
 from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
 from .preparation import PreparePaird, RestorePaird, restored_field
-from .report import describe, measure, network_inconsistency
+from .report import LOCAL_CORRELATION, describe, doubts_about_fit, measure, network_inconsistency
 from .weights import load_network, weights_record
 from .world import field_affine, invert_field, map_points, sample_transform, warp_image
 
@@ -153,6 +153,7 @@ class Registrar:
             record, network = weights_record(weights), load_network(weights)
         else:
             raise ValueError(f"weights are a name, a file or a network, got {weights!r}.")
+        self.record = record
         self.device = _device(device)
         self.network = PairNetwork(network.to(self.device)).eval()
         self.spatial_dims = int(network.spatial_dims)  # type: ignore[arg-type]
@@ -216,6 +217,7 @@ class Registrar:
             **measured,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
+        report["warnings"] += doubts_about_fit(report, self.record)
         return Registration(
             pair=pair,
             moved=moved,
@@ -254,7 +256,7 @@ class Registrar:
             moved = warp_image(moving, ddf).as_tensor()
             loss = self.similarity(moved[None], fixed.as_tensor()[None], weight[None]).item()
             values[name] = 1.0 - loss if self.options["similarity"] == "lncc" else loss
-        measure = "mean local correlation" if self.options["similarity"] == "lncc" else "MIND-SSC distance"
+        measure = LOCAL_CORRELATION if self.options["similarity"] == "lncc" else "MIND-SSC distance"
         return {"measure": measure, **values}
 
 
@@ -272,7 +274,9 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"the device '{name}' cannot be used here: expected cpu, or cuda where there is a GPU."
+        ) from error
     return device
 
 

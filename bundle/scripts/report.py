@@ -17,7 +17,14 @@ from .evaluation import landmark_error, overlap, regularity, round_trip
 from .fields import compose
 from .world import best_affine, field_affine, sample_transform, warp_image
 
-__all__ = ["describe", "measure", "network_inconsistency", "software"]
+__all__ = ["describe", "doubts_about_fit", "measure", "network_inconsistency", "software"]
+
+LOCAL_CORRELATION = "mean local correlation"  # of which more is better
+_FOLDING = 1.0  # percent of cells from which on a field is in doubt
+_INCONSISTENCY = (
+    0.05  # of the extent of the content: answers in two directions that miss each other by more are in doubt
+)
+_EXTENT = 2.0  # times the extent that the weights were trained on, or its inverse
 
 
 def describe(seen: Mapping[Any, Any], backgrounds: Sequence[float]) -> dict[str, Any]:
@@ -42,8 +49,44 @@ def describe(seen: Mapping[Any, Any], backgrounds: Sequence[float]) -> dict[str,
             warning
             for name, background in zip(("moving", "fixed"), backgrounds)
             for warning in _doubts(seen[name], name, None if f"{name}_mask" in seen else background)
-        ],
+        ]
+        + list(_unused(seen)),
     }
+
+
+def doubts_about_fit(report: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """Say what speaks against a registration; no doubt is no proof that it is right.
+
+    Args:
+        report: of the registration, with what `describe` and `measure` put in.
+        record: of the weights, see `equireg.weights.weights_record`.
+
+    Returns:
+        A sentence for each doubt.
+    """
+    doubts = []
+    seen = report["network"]["fixed"]
+    extent = max(seen["shape"])
+    trained = record.get("extent_voxels")
+    if trained and not trained / _EXTENT <= extent <= trained * _EXTENT:
+        wanted = max(n * step for n, step in zip(seen["shape"], seen["spacing_mm"])) / trained
+        doubts.append(
+            f"the content of the fixed image spans {extent} voxels of the network, which was trained on about "
+            f"{trained}: a spacing of about {wanted:.2g} mm would suit, or other weights."
+        )
+    similarity = report["similarity"]
+    better = similarity["after"] > similarity["before"]
+    if better != (similarity["measure"] == LOCAL_CORRELATION):
+        doubts.append("the images are less similar after registration than before.")
+    if report["folding_percent"] > _FOLDING:
+        doubts.append(f"the transform folds in {report['folding_percent']:.1f} % of its cells.")
+    length = max(n * step for n, step in zip(seen["shape"], seen["spacing_mm"]))
+    if report["network_inverse_consistency_mm"] > _INCONSISTENCY * length:
+        doubts.append(
+            f"the network's two answers, from fixed to moving points and back, miss each other by "
+            f"{report['network_inverse_consistency_mm']:.3g} mm on average: it matched little."
+        )
+    return doubts
 
 
 def software() -> dict[str, str]:
@@ -134,6 +177,12 @@ def _content(seen: Mapping[Any, Any], name: str) -> float:
     return round((seen[f"network_{name}"].as_tensor() != 0).any(dim=0).float().mean().item(), 4)
 
 
+def _unused(seen: Mapping[Any, Any]) -> Iterator[str]:
+    """Say what was given in vain."""
+    if "fixed_label" in seen and "moving_label" not in seen:
+        yield "there is a fixed label but no moving one: no overlap was measured."
+
+
 def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[str]:
     """Say what looks wrong with an image; its background is None where a mask says what it shows."""
     if image.meta.get("unplaced"):
@@ -143,14 +192,12 @@ def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[
         )
     if background is None:
         return
-    lowest = image.min().item()
-    if lowest < background:
-        # A background is what there is most of: a few dark voxels are none.
+    below = image < background
+    if below.float().mean() > 0.01:  # a few dark voxels are no background
+        lowest = image.min().item()
         common = bool((image == lowest).float().mean() > 0.01)
-        advice = (
-            f"if that is its background, say so with background={lowest:g}" if common else "if it has another, say so"
-        )
+        advice = f"if {lowest:g} is its background, say so" if common else "if its background has another value, say so"
         yield (
-            f"the {name} image has values below its background ({background:g}), down to {lowest:g}: {advice}, or give "
-            "a mask; air in CT is about -1024."
+            f"the {name} image has values below its background ({background:g}), down to {lowest:g}: {advice} "
+            "(--background), or give a mask; air in CT is about -1024."
         )

@@ -27,10 +27,11 @@ from .registration import Registration
 from .transform_files import write_affine, write_transform
 from .world import affine_inverse, index_displacement, split_affine
 
-__all__ = ["EXPORTS", "REPORT", "results_folder", "save_registration", "spare_inputs", "write_text"]
+__all__ = ["EXPORTS", "REPORT", "check_results", "save_registration", "spare_inputs", "write_text"]
 
 EXPORTS = ("h5", "affine", "learn2reg")
 REPORT = "report.json"
+_STAGING = ".registering_"
 
 
 def save_registration(
@@ -61,7 +62,10 @@ def save_registration(
         OSError: if a file cannot be written.
     """
     exports = tuple(exports)
-    folder = results_folder(folder, exports)
+    check_results(folder, exports)
+    folder = writable_folder(folder)
+    for left in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)  # by a run that was killed
     report = {**registration.report, "exports": sorted(exports), "picture": picture}
     writers = {**_writers(registration), **_exporters(registration, exports)}
     if picture and optional_import("matplotlib")[1]:
@@ -72,7 +76,7 @@ def save_registration(
     spare_inputs(targets.values(), report["inputs"].values())
     stale = _written_before(folder) - set(targets.values())
     report["files"] = {what: path.name for what, path in targets.items()}
-    staging = Path(tempfile.mkdtemp(prefix=".registering_", dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         for name, write in writers.values():
             write(staging / name)
@@ -148,7 +152,7 @@ def _draw(result: Registration, path: Path) -> None:
         moved_label=result.moved_label,
         fixed_label=pair.get("fixed_label"),
         title=" to ".join(_stem(pair[role], role) for role in ("moving", "fixed")),
-        lines=["; ".join(numbers)],
+        lines=["; ".join(numbers), *(f"Warning: {warning}" for warning in report["warnings"])],
         background=tuple(report["options"]["background"]),
     )
     save_figure(figure, path)
@@ -159,18 +163,15 @@ def _stem(image: MetaTensor, role: str) -> str:
     return file_stem(image.meta.get("filename_or_obj") or role)
 
 
-def results_folder(folder: str | Path, exports: Iterable[str] = ()) -> Path:
-    """Make sure, before the work is done, that its results can be written.
+def check_results(folder: str | Path, exports: Iterable[str] = ()) -> None:
+    """Make sure, before the work is done, that its results can be written; nothing is created.
 
     Args:
-        folder: where they will go; it is made if it does not exist.
+        folder: where they will go.
         exports: as for `save_registration`.
 
-    Returns:
-        The folder.
-
     Raises:
-        ValueError: for an unknown export, or a folder that cannot be written to.
+        ValueError: for an unknown export, or a folder that cannot be made or written to.
         ImportError: if an export needs a package that is not installed.
     """
     exports = tuple(exports)
@@ -178,7 +179,10 @@ def results_folder(folder: str | Path, exports: Iterable[str] = ()) -> Path:
         raise ValueError(f"exports are any of {', '.join(EXPORTS)}, got {', '.join(exports)}.")
     if {"h5", "affine"} & set(exports) and not optional_import("itk")[1]:
         raise ImportError("the exports h5 and affine need ITK for Python: pip install itk, or 'equireg[itk]'.")
-    return writable_folder(folder)
+    there = Path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    writable_folder(there)  # of those that exist, the one in which the folder will lie
 
 
 def spare_inputs(targets: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:

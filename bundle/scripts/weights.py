@@ -42,7 +42,8 @@ def shipped_weights() -> dict[str, dict[str, Any]]:
 
     Returns:
         Name of the weights to their record: `file`, `sha256`, `network` (the arguments of `CARL`), `spacing_mm` (the
-        spacing they were trained for, or None where it has no meaning), and what they are.
+        spacing they were trained for, or None where it has no meaning), `extent_voxels` (how long the content was along
+        its longest axis), and what they are.
 
     Example:
         >>> all({"file", "sha256", "network"} <= set(record) for record in shipped_weights().values())
@@ -199,7 +200,7 @@ def read_tensors(path: str | Path, kind: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable {kind}: {error}") from error
+        raise ValueError(f"{path} is not a readable {kind}.") from error
 
 
 def save_weights(source: str | Path, target: str | Path) -> str:
