@@ -179,7 +179,8 @@ def main(
 
     print("3. Registering them with the trained weights of the bundle")
     options = {"moving": inputs / "moving.nii.gz", "fixed": inputs / "fixed.nii.gz", "output": registration}
-    register({**options, "weights": weights, "optimize": optimize}, output / "registration.log")
+    better = {"optimize": optimize} if optimize else {}
+    register({**options, "weights": weights, **better}, output / "registration.log")
 
     print("4. Looking at the result")
     report(inputs, registration, output / "before_after.png", true_ddf)

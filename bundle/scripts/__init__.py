@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import (
+        atomic,
         augmentation,
         batch,
         curves,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Registration",
     "__version__",
+    "atomic",
     "augmentation",
     "batch",
     "curves",

@@ -6,11 +6,8 @@ MONAI's `PILReader` (PNG, JPEG, BMP). What an image must be to be registered is 
 
 from __future__ import annotations
 
-import errno
 import gzip
 import math
-import os
-import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +19,8 @@ import numpy as np
 from monai.data import ITKReader, ITKWriter, PILReader
 from monai.data.utils import to_affine_nd
 from monai.utils import MetaKeys
+
+from .atomic import written_whole
 
 __all__ = ["WRITABLE", "Scan", "from_nibabel", "open_path", "save", "storable", "suffix_of"]
 
@@ -107,15 +106,8 @@ def storable(values: np.ndarray, path: Path) -> np.ndarray:
 
 def save(values: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write storable values `(*shape)` and their affine `(4, 4)` to a file that appears whole or not at all."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{suffix_of(path, WRITABLE)}")
-    try:
+    with written_whole(path, "image", _reason) as temporary:
         (_save_nifti if suffix_of(path, _NIFTI) else _save_itk)(values, affine, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is ITK's
-        code, reason = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or _reason(error)
-        raise OSError(code, f"cannot write the image: {reason}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def suffix_of(path: Path, suffixes: Sequence[str]) -> str | None:

@@ -10,14 +10,14 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from .atomic import written_whole
 
 __all__ = ["FRAMES", "Row", "coordinates", "file_text", "read_rows", "styles_of", "write_text"]
 
@@ -124,14 +124,8 @@ def file_text(points: torch.Tensor, names: Sequence[str], style: str, frame: str
 
 def write_text(text: str, path: Path) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
+    with written_whole(path, "landmarks") as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the landmarks: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _file_content(path: Path) -> str:

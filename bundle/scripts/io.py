@@ -8,7 +8,6 @@ the fixed image goes to the point of the moving image it is compared with.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from .atomic import written_whole
 from .lists import result_name
 
 __all__ = [
@@ -89,14 +89,8 @@ def write_displacement_field(
     image.set_qform(grid, code=1)
     image.header.set_intent(_INTENT_VECTOR)
     image.header.set_xyzt_units("mm")
-    temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
+    with written_whole(path, "displacement field") as temporary:
         nib.save(image, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the displacement field: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

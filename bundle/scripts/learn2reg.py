@@ -11,7 +11,6 @@ https://github.com/JHU-MedImage-Reg/LUMIR_L2R.
 from __future__ import annotations
 
 import os
-import uuid
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from monai.utils import convert_to_tensor
 
+from .atomic import written_whole
 from .fields import full_precision, jacobian_determinant
 
 __all__ = ["learn2reg_folding_count", "learn2reg_sd_log_jacobian", "read_learn2reg", "write_learn2reg"]
@@ -62,17 +62,11 @@ def write_learn2reg(ddf: torch.Tensor | np.ndarray, path: str | os.PathLike[str]
     array = values.movedim(0, -1).numpy()
     if suffix == ".npz" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError(f"'{path}' holds displacements up to 65504 voxels, got {np.abs(array).max()}.")
-    temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
+    with written_whole(path, "displacement") as temporary:
         if suffix == ".npz":
             np.savez_compressed(temporary, array.astype(np.float16))
         else:
             nib.save(nib.Nifti1Image(array, np.eye(4)), temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the displacement: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

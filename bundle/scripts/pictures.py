@@ -10,7 +10,6 @@ own each: no display is needed, and the state of `matplotlib.pyplot` is neither 
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from ._panels import DPI, draw_folds, draw_grid, empty_figure, overlay, percent, show
 from ._quality import quality_figure
+from .atomic import written_whole
 from .fields import identity_grid, jacobian_determinant
 
 if TYPE_CHECKING:
@@ -157,12 +157,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
             f"save_figure expects a path in a folder that exists, ending in one of {', '.join(sorted(known))}, "
             f"got '{path}'."
         )
-    temporary = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
+    with written_whole(path, "picture") as temporary:
         figure.savefig(temporary, format=kind, dpi=DPI)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from monai.data import MetaTensor
 from monai.utils import optional_import
 
+from .atomic import written_whole
 from .evaluation import jsonable
 from .images import writable_folder, write_image
 from .io import write_displacement_field
@@ -223,10 +223,6 @@ def write_text(text: str, path: Path) -> Path:
     Raises:
         OSError: if it cannot be written.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path, "table" if path.suffix == ".csv" else "report") as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path

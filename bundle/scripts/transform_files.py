@@ -7,14 +7,12 @@ only NIfTI fields do without.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import struct
 import tempfile
-import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 
+from .atomic import written_whole
 from .io import itk_grid_affine, read_displacement_field, write_displacement_field
 from .spaces import world_matrix
 from .world import as_field, field_affine
@@ -175,7 +174,9 @@ def write_transform(transform: Sequence[torch.Tensor], path: str | os.PathLike[s
         whole = itk.CompositeTransform[itk.D, steps[0].GetInputSpaceDimension()].New()
         for step in reversed(steps):  # points pass through the transform that was added last first
             whole.AddTransform(step)
-    return _save(path, suffix, lambda name: _write(itk, whole, name, suffix))
+    with written_whole(path, "transform", _reason) as temporary:
+        _write(itk, whole, os.fspath(temporary), suffix)
+    return path
 
 
 def _transforms(itk: Any, path: Path, suffix: str) -> list[Any]:
@@ -318,21 +319,6 @@ def _is_whole_matlab(data: bytes) -> bool:
         position += 20 + name + rows * columns * size
         count += 1
     return position == len(data) and count > 0 and count % 2 == 0
-
-
-def _save(path: Path, suffix: str, write: Callable[[str], Any]) -> Path:
-    """Write a file under another name, and give it its own when it is complete."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}{suffix}")
-    try:
-        write(os.fspath(temporary))
-        os.replace(temporary, path)
-    except RuntimeError as error:  # how ITK reports a full disk as well
-        raise OSError(errno.EIO, f"cannot write the transform: {_reason(error)}", str(path)) from error
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the transform: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def _suffix(path: Path, known: Sequence[str]) -> str:
