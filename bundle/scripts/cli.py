@@ -58,8 +58,8 @@ def register(
     """Register a moving image to a fixed one, wherever the two lie; no alignment before is needed.
 
     Writes into the output folder: moved.nii.gz on the grid of the fixed image; fixed_to_moving.nii.gz and
-    moving_to_fixed.nii.gz, ITK displacement fields that ITK, ANTs, SimpleITK and 3D Slicer read; qc.png, to see at once
-    whether it worked; report.json, with all that was seen and measured; and moved labels and points if there are some.
+    moving_to_fixed.nii.gz, displacement fields that ITK, SimpleITK and ANTs read; qc.png, to see at once whether it
+    worked; report.json, with all that was seen and measured; and moved labels and points if there are some.
 
     Args:
         moving: the image to be moved (NIfTI, NRRD, MetaImage, PNG, or a folder with a DICOM series).

@@ -1,4 +1,4 @@
-"""Transforms as files that ITK, SimpleITK, ANTs and 3D Slicer read and write.
+"""Transforms as files that ITK, SimpleITK and ANTs read and write.
 
 In memory a transform is a list of steps, see `equireg.world`: affines on RAS+ millimeters and displacement fields.
 Files hold LPS+ millimeters. This module turns one into the other with ITK for Python, an extra (`pip install itk`);
