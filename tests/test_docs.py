@@ -9,9 +9,16 @@ from ast import literal_eval
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from helpers_bundle import blob, save_image
 from monai.bundle import ConfigParser
 from monai.bundle import scripts as commands
+
+from equireg import cli
+from equireg.io import write_displacement_field
+from equireg.landmarks import Landmarks, write_landmarks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", ROOT / "bundle" / "docs" / "README.md") if path.exists()]
@@ -157,3 +164,41 @@ def test_shipped_weights_are_documented() -> None:
     if not page.exists() or not names:
         pytest.skip("there is no README, or there are no shipped weights, yet")
     assert all(name in page.read_text() for name in names)
+
+
+def equireg_commands(page: Path) -> list[list[str]]:
+    """Return the words of each `equireg` command of a page."""
+    found = [line for line in lines(page, "bash") if line.startswith("equireg ")]
+    return [shlex.split(line)[1:] for line in found]
+
+
+@pytest.mark.parametrize("page", [page for page in DOCUMENTS if equireg_commands(page)], ids=lambda page: page.name)
+def test_equireg_commands_have_these_options(page: Path) -> None:
+    for words in equireg_commands(page):
+        assert cli._normalized(words)[0] in cli.COMMANDS
+
+
+def test_the_page_on_files_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command and every piece of Python of the page runs, in its order, on files called as there."""
+    page = ROOT / "bundle" / "docs" / "registering.md"
+    monkeypatch.chdir(tmp_path)
+    far = np.diag([1.0, 1.0, 1.2, 1.0])
+    far[:3, 3] = (90, -40, 10)
+    for name, affine in (("moving", far), ("fixed", np.eye(4))):
+        save_image(tmp_path / f"{name}.nii.gz", blob((26, 24, 22), (12, 12, 11), 9, seed=len(name)), affine)
+    save_image(tmp_path / "label.nii.gz", (blob((26, 24, 22), (12, 12, 11), 6) > 0).astype(np.int16), far)
+    (tmp_path / "pairs.csv").write_text(
+        "moving,fixed,moving_label,fixed_label\nmoving.nii.gz,fixed.nii.gz,label.nii.gz,\n"
+    )
+    write_landmarks(Landmarks(torch.tensor([[102.0, -28.0, 22.0]])), tmp_path / "landmarks.fcsv")
+    for name in ("fixed_to_middle", "middle_to_moving"):
+        write_displacement_field(torch.ones(3, 26, 24, 22), np.eye(4), tmp_path / f"{name}.nii.gz")
+    for words in equireg_commands(page):
+        cli.main(words)
+    names = ("moved.nii.gz", "moved_label.nii.gz", "landmarks_in_fixed.csv", "fixed_to_moving.nii.gz", "affine.tfm")
+    assert all((tmp_path / name).exists() for name in names[1:]) and (tmp_path / "registered" / names[0]).exists()
+    assert (tmp_path / "evaluation" / "evaluation.csv").exists() and (tmp_path / "registered" / "batch.csv").exists()
+    scope: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(block, scope)
+    assert (tmp_path / "registered" / "fixed_to_moving.h5").exists()
