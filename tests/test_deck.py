@@ -95,3 +95,38 @@ def test_retina_trains_and_goes_on(script, shared_data: Path, tmp_path: Path, mo
         (name, test) for name in ("attention only", "U-Net only") for test in module.VARIANTS
     ]
     assert rows[0]["dice"] == rows[1]["dice"], "attention alone cannot tell a shift"
+
+
+def test_undoing_turns_around_a_network(script) -> None:
+    module = script("rotation")
+    generator = torch.Generator().manual_seed(0)
+    there, back = [module.turn_by(33), module.turn_by(250)], [module.turn_by(0), module.turn_by(100)]
+    slope, offset = torch.eye(2) + 0.05 * torch.randn(2, 2, generator=generator), torch.tensor([0.5, -1.0])
+    grid = module.identity_grid(module.OLD)
+
+    def follow(points: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ij,bj...->bi...", slope, points - 27.5) + 27.5 + offset.reshape(1, 2, 1, 1)
+
+    new = module.identity_grid(module.NEW)
+    answer = torch.cat([a.to_new(follow(b.to_old(new))) for a, b in zip(there, back)]) - new
+    inside = torch.linalg.vector_norm(grid - 27.5, dim=1) < module.RADIUS
+    error = (module.upright(answer, there, back) - (follow(grid) - grid)).abs().amax(dim=1)
+    assert error[inside.expand(2, -1, -1)].max() < 1e-3 < error.max()
+
+
+def test_rotation_trains_scores_and_goes_on(script, tmp_path: Path, monkeypatch) -> None:
+    retina, module = script("retina"), script("rotation")
+    image = torch.zeros(1, retina.INNER, retina.INNER)
+    image[:, 12:44, 10:38] = torch.rand(1, 32, 28, generator=torch.Generator().manual_seed(0)) + 0.1
+    monkeypatch.setattr(retina, "eyes", lambda *_: [{"image": image}])
+    monkeypatch.setattr(retina, "EPOCHS", 1)
+    monkeypatch.setattr(retina, "STEPS", 1)
+    monkeypatch.setattr(retina, "BATCH", 2)
+    options = {"warps": 1, "features": 8, "results": str(tmp_path / "rotation.csv"), "weights_dir": ""}
+    for networks in (module.NETWORKS[:1], module.NETWORKS):
+        module.main("", networks=networks, angles=(0, 90), output_dir=str(tmp_path), **options)
+    rows = retina.read(tmp_path / "rotation.csv")
+    assert [row["network"] for row in rows] == [name for name in module.NETWORKS for _ in range(2)]
+    plain, turns = ([float(row["dice"]) for row in rows if row["network"] == name] for name in module.NETWORKS)
+    assert turns[0] == turns[1] and plain[0] != plain[1], "features averaged over quarter turns follow them"
+    assert (tmp_path / "deck_rotation.png").stat().st_size < 200_000

@@ -116,7 +116,12 @@ def train(name: str, features: int, images: list[dict[str, torch.Tensor]], varia
     """Train a network from scratch on one variant."""
     set_determinism(seed)
     network = build(name, features)
-    data = pairs(images, variant, seed, 1_000_000)
+    fit(network, pairs(images, variant, seed, 1_000_000), seed)
+    return network.eval()
+
+
+def fit(network: nn.Module, data: WarpedPairDataset, seed: int) -> None:
+    """Train a network in place, on pairs that are drawn from a data set."""
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     schedule = LambdaLR(optimizer, lambda epoch: cosine_decay(epoch, EPOCHS))
     trainer = SupervisedTrainer(
@@ -130,7 +135,6 @@ def train(name: str, features: int, images: list[dict[str, torch.Tensor]], varia
         decollate=False,
     )
     trainer.run()
-    return network.eval()
 
 
 class Unregistered(nn.Module):

@@ -1,0 +1,248 @@
+"""Section 7 of the deck's page: Dice against the angle of one image, for networks with and without turns in training.
+
+    python bundle/docs/deck/rotation.py --dataset_dir DIR
+
+with the folder of `retina.py` trains every network that the results file does not have yet, scores it with the moving
+eye turned by each angle, adds a row per angle to the file, prints the table and draws it. The networks with turns have
+features averaged over the turns of the grid, and both images of a training pair are turned at random, which is undone
+around the network before the loss: so regularity is judged between upright images.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import numpy as np
+import retina
+import torch
+from common import machine, save
+from matplotlib.figure import Figure
+from monai.transforms import Compose
+from monai.utils import set_determinism
+from torch import nn
+
+from equireg.augmentation import RandWarpPaird
+from equireg.data import WarpedPairDataset
+from equireg.fields import identity_grid, warp
+from equireg.moves import AffineMove, read_at, rotation, turn_angle
+from equireg.networks import CoordinateAttention, DisplacementUNet, Downsample, PairNetwork, TwoStep
+from equireg.networks.combinators import both
+from equireg.transforms import NormalizeContentd, StackPaird
+
+HERE = Path(__file__).resolve().parent
+NETWORKS = ("attention only", "attention only, turns")  # "hybrid" and "hybrid, turns" train as well
+OLD, NEW = [retina.INNER] * 2, [64] * 2  # upright canvas, and one on which an eye loses nothing at any angle, pixels
+RADIUS = 31.0  # of the disc that stays on the canvas, pixels; content reaches 31.6 pixels from the center, once
+FLAT = 0.03  # Dice, largest minus smallest over the angles
+FIELDS = ("network", "features", "seed", "angle", "pairs", "dice", "dice_sd", "dice_turned", "steps", "seconds")
+
+
+def pairs(images: list[dict[str, torch.Tensor]], seed: int, length: int) -> WarpedPairDataset:
+    """Make upright pairs: those of `retina.pairs`, "baseline", on a square canvas."""
+    transform = Compose([NormalizeContentd(("moving", "fixed")), StackPaird()])
+    return WarpedPairDataset(images, RandWarpPaird(), transform=transform, length=length, seed=seed)
+
+
+def build(name: str, features: int) -> nn.Module:
+    """Build a network called `net(moving, fixed)`; with "turns", its attention follows quarter turns exactly."""
+    turns = name.endswith("turns")
+    attention = CoordinateAttention(2, feature_channels=features, padding=1, rotation_group="grid" if turns else "none")
+    net: nn.Module = Downsample(attention, 4, content_phase=True, centered=turns)
+    if name.startswith("hybrid"):
+        for _ in range(2):
+            net = TwoStep(net, DisplacementUNet(2, channels=retina.UNET_CHANNELS))
+    return net
+
+
+def turn_by(degrees: float) -> AffineMove:
+    """Return the turn of an upright image about its center, onto the larger canvas."""
+    return rotation(turn_angle(degrees, 2), OLD, NEW)
+
+
+def turned(images: torch.Tensor, moves: Sequence[AffineMove]) -> torch.Tensor:
+    """Turn each image of a batch by its own move, `(B, 1, *OLD)` to `(B, 1, *NEW)`."""
+    return torch.cat([move.image(image[None]) for move, image in zip(moves, images)])
+
+
+def upright(answer: torch.Tensor, moving: Sequence[AffineMove], fixed: Sequence[AffineMove]) -> torch.Tensor:
+    """Return the ddfs between turned images, `(B, 2, *NEW)`, as ddfs between the upright ones, `(B, 2, *OLD)`.
+
+    Outside the disc that never leaves the canvas, the displacement of the nearest point inside continues.
+    """
+    grid = identity_grid(OLD, answer.dtype)
+    center = 0.5 * (retina.INNER - 1)
+    distance = torch.linalg.vector_norm(grid - center, dim=1, keepdim=True)
+    inside = center + (grid - center) * (RADIUS / distance).clamp(max=1.0)
+    points = torch.cat([move.to_new(inside) for move in fixed])
+    points = points + read_at(answer, points)
+    return torch.cat([move.to_old(p[None]) for move, p in zip(moving, points)]) - inside
+
+
+class Turning(nn.Module):
+    """Turn both images of a pair by random angles, register them, and answer for the upright images.
+
+    It is the `PairNetwork` of training mode around a network that sees the turned images only.
+    """
+
+    def __init__(self, net: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.net = net
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, pair: torch.Tensor) -> torch.Tensor:
+        """Return `(B, 6, *OLD)` for a stacked pair: ddf and moved image, in both directions."""
+        moving, fixed = pair.as_subclass(torch.Tensor).split(1, dim=1)
+        angles = 360 * torch.rand(2, len(pair), generator=self.generator)
+        a, b = ([turn_by(angle) for angle in row] for row in angles.tolist())
+        ddf, ddf_back = both(self.net, turned(moving, a), turned(fixed, b))
+        ddf, ddf_back = upright(ddf, a, b), upright(ddf_back, b, a)
+        return torch.cat([ddf, warp(moving, ddf, padding="zeros"), ddf_back, warp(fixed, ddf_back, padding="zeros")], 1)
+
+
+def train(name: str, features: int, images: list[dict[str, torch.Tensor]], seed: int) -> nn.Module:
+    """Train a network from scratch, as in `retina.py` but for the turns."""
+    set_determinism(seed)
+    net = build(name, features)
+    network = Turning(net, seed) if name.endswith("turns") else PairNetwork(net)
+    retina.fit(network, pairs(images, seed, 1_000_000), seed)
+    return net.eval()
+
+
+def overlaps(moved: torch.Tensor, fixed: torch.Tensor) -> np.ndarray:
+    """Return the Dice of each pair of a batch, `(B,)`."""
+    a, b = (image.flatten(1) > retina.THRESHOLD for image in (moved, fixed))
+    return (2 * (a & b).sum(1) / (a.sum(1) + b.sum(1))).numpy()
+
+
+@torch.inference_mode()
+def evaluate(net: nn.Module, images: list[dict[str, torch.Tensor]], angle: float, warps: int) -> dict[str, Any]:
+    """Score a network on `warps` fixed warps of every eye, the moving one turned.
+
+    "dice" is that of the upright moving image under the answer brought back to it, which interpolates once at any
+    angle; "dice_turned" that of the turned image under the answer, interpolated twice unless by quarter turns.
+    """
+    data = pairs(images, 2_000_003, warps * len(images))
+    moving, fixed = torch.stack([data[k]["image"].as_subclass(torch.Tensor) for k in range(len(data))]).split(1, dim=1)
+    there, still = [turn_by(angle)] * len(data), [turn_by(0)] * len(data)
+    seen, target = turned(moving, there), turned(fixed, still)
+    answer = net(seen, target)
+    dice = overlaps(warp(moving, upright(answer, there, still), padding="zeros"), fixed)
+    own = overlaps(warp(seen, answer, padding="zeros"), target)
+    return {
+        "angle": angle,
+        "pairs": len(data),
+        "dice": f"{dice.mean():.5f}",
+        "dice_sd": f"{dice.std(ddof=1) if len(dice) > 1 else 0:.5f}",
+        "dice_turned": f"{own.mean():.5f}",
+    }
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a results file."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(
+    dataset_dir: str,
+    seeds: int = 1,
+    networks: tuple[str, ...] = NETWORKS,
+    angles: tuple[float, ...] = tuple(range(0, 360, 15)),
+    features: int = 128,
+    warps: int = 4,
+    results: str = str(HERE / "data" / "rotation.csv"),
+    weights_dir: str = "output/deck_rotation",
+    output_dir: str = "",
+) -> None:
+    """Train what is missing, score it at every angle, print the table and draw it.
+
+    Args:
+        dataset_dir: folder of the vessel masks, see `retina.py`.
+        seeds: networks of each kind.
+        networks: which, of "attention only" and "hybrid", with ", turns" behind for turns in training.
+        angles: of the moving image, degrees.
+        features: width of the attention's features.
+        warps: random warps of every test eye.
+        results: CSV file, read and added to.
+        weights_dir: where trained weights go; an empty text keeps none.
+        output_dir: where the figure goes; beside the page if empty.
+    """
+    path = Path(results)
+    training, test = retina.eyes(dataset_dir, "training"), retina.eyes(dataset_dir, "test")
+    training += [{"image": item["image"].flip(1)} for item in training]
+    for seed in range(seeds):
+        for name in networks:
+            done = {(row["network"], row["features"], row["seed"]) for row in retina.read(path)}
+            if (name, str(features), str(seed)) in done:
+                continue
+            start = time.process_time()
+            net = train(name, features, training, seed)
+            row = {
+                "network": name,
+                "features": features,
+                "seed": seed,
+                "steps": retina.EPOCHS * retina.STEPS,
+                "seconds": round(time.process_time() - start),
+            }
+            append(path, [{**row, **evaluate(net, test, angle, warps)} for angle in angles])
+            if weights_dir:
+                folder = Path(weights_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(
+                    net.state_dict(), folder / f"{name}_{features}_{seed}.pt".replace(", ", "-").replace(" ", "-")
+                )
+    print(machine())
+    rows = retina.read(path)
+    table(rows)
+    draw(rows, output_dir)
+
+
+def curves(rows: list[dict[str, str]], column: str = "dice") -> dict[tuple[str, str], dict[float, float]]:
+    """Return Dice by angle, for each network and seed."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["seed"]), {})[float(row["angle"])] = float(row[column])
+    return found
+
+
+def table(rows: list[dict[str, str]]) -> None:
+    """Print Dice by angle, and whether it is flat."""
+    by_network = curves(rows)
+    print("| angle | " + " | ".join(f"{name}, seed {seed}" for name, seed in by_network) + " |")
+    print("|---" * (1 + len(by_network)) + "|")
+    for angle in sorted({angle for curve in by_network.values() for angle in curve}):
+        print(f"| {angle:g} | " + " | ".join(f"{curve.get(angle, np.nan):.3f}" for curve in by_network.values()) + " |")
+    for column in ("dice", "dice_turned"):
+        for (name, seed), curve in curves(rows, column).items():
+            low, high = min(curve.values()), max(curve.values())
+            verdict = "pass" if high - low <= FLAT else "FAIL"
+            print(f"{verdict}: {column}, {name}, seed {seed}: {low:.3f} to {high:.3f}, spread {high - low:.3f}")
+
+
+def draw(rows: list[dict[str, str]], output_dir: str) -> None:
+    """Draw Dice against the angle."""
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    panel = figure.subplots()
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    for (name, seed), curve in curves(rows).items():
+        angles = sorted(curve)
+        label = name if seed == "0" else None
+        panel.plot(angles, [curve[a] for a in angles], "o-", ms=3, color=f"C{names.index(name)}", label=label)
+    panel.set(xlabel="angle of the moving image, degrees", ylabel="Dice", ylim=(0, 0.9), xticks=range(0, 361, 45))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    save(figure, "deck_rotation.png", output_dir)
+
+
+if __name__ == "__main__":
+    fire.Fire(main, serialize=lambda _: None)
