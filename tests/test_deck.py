@@ -123,10 +123,12 @@ def test_rotation_trains_scores_and_goes_on(script, tmp_path: Path, monkeypatch)
     monkeypatch.setattr(retina, "STEPS", 1)
     monkeypatch.setattr(retina, "BATCH", 2)
     options = {"warps": 1, "features": 8, "results": str(tmp_path / "rotation.csv"), "weights_dir": ""}
-    for networks in (module.NETWORKS[:1], module.NETWORKS):
+    names = ("attention only", "attention only, turns", "hybrid, turns")
+    for networks in (names[:1], names):
         module.main("", networks=networks, angles=(0, 90), output_dir=str(tmp_path), **options)
     rows = retina.read(tmp_path / "rotation.csv")
-    assert [row["network"] for row in rows] == [name for name in module.NETWORKS for _ in range(2)]
-    plain, turns = ([float(row["dice"]) for row in rows if row["network"] == name] for name in module.NETWORKS)
+    assert [row["network"] for row in rows] == [name for name in names for _ in range(2)]
+    plain, turns, hybrid = ([float(row["dice"]) for row in rows if row["network"] == name] for name in names)
     assert turns[0] == turns[1] and plain[0] != plain[1], "features averaged over quarter turns follow them"
+    assert hybrid[0] == hybrid[1], "what the attention follows, the U-Nets do not see"
     assert (tmp_path / "deck_rotation.png").stat().st_size < 200_000

@@ -4,8 +4,9 @@
 
 with the folder of `retina.py` trains every network that the results file does not have yet, scores it with the moving
 eye turned by each angle, adds a row per angle to the file, prints the table and draws it. The networks with turns have
-features averaged over the turns of the grid, and both images of a training pair are turned at random, which is undone
-around the network before the loss: so regularity is judged between upright images.
+features averaged over the turns of the grid, start from the weights of the network without, and see both images of a
+training pair turned at random, which is undone around the network before the loss: so regularity is judged between
+upright images. Angles grow: first they are multiples of 90 degrees, in the end anything from 0 to 360.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from equireg.networks.combinators import both
 from equireg.transforms import NormalizeContentd, StackPaird
 
 HERE = Path(__file__).resolve().parent
-NETWORKS = ("attention only", "attention only, turns")  # "hybrid" and "hybrid, turns" train as well
+NETWORKS = ("attention only", "attention only, turns", "hybrid", "hybrid, turns")
 OLD, NEW = [retina.INNER] * 2, [64] * 2  # upright canvas, and one on which an eye loses nothing at any angle, pixels
 RADIUS = 31.0  # of the disc that stays on the canvas, pixels; content reaches 31.6 pixels from the center, once
+RAMP = (0.15, 0.65)  # of the training, where angles grow
 FLAT = 0.03  # Dice, largest minus smallest over the angles
 FIELDS = ("network", "features", "seed", "angle", "pairs", "dice", "dice_sd", "dice_turned", "steps", "seconds")
 
@@ -48,12 +50,21 @@ def pairs(images: list[dict[str, torch.Tensor]], seed: int, length: int) -> Warp
     return WarpedPairDataset(images, RandWarpPaird(), transform=transform, length=length, seed=seed)
 
 
+class Frozen(Downsample):
+    """A trained attention stage, whose statistics stay; so do its weights if they need no gradient."""
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Stay in eval mode."""
+        return super().train(False)
+
+
 def build(name: str, features: int) -> nn.Module:
     """Build a network called `net(moving, fixed)`; with "turns", its attention follows quarter turns exactly."""
-    turns = name.endswith("turns")
+    turns, hybrid = name.endswith("turns"), name.startswith("hybrid")
     attention = CoordinateAttention(2, feature_channels=features, padding=1, rotation_group="grid" if turns else "none")
-    net: nn.Module = Downsample(attention, 4, content_phase=True, centered=turns)
-    if name.startswith("hybrid"):
+    net: nn.Module = (Frozen if hybrid else Downsample)(attention, 4, content_phase=True, centered=turns)
+    if hybrid:
+        net.requires_grad_(False)
         for _ in range(2):
             net = TwoStep(net, DisplacementUNet(2, channels=retina.UNET_CHANNELS))
     return net
@@ -93,24 +104,54 @@ class Turning(nn.Module):
         super().__init__()
         self.net = net
         self.generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+
+    @property
+    def reach(self) -> float:
+        """How far angles lie from a multiple of 90 degrees, of the 45 there are: all, and so uniform, in the end."""
+        progress = self.steps / (retina.EPOCHS * retina.STEPS)
+        return min(1.0, max(0.0, (progress - RAMP[0]) / (RAMP[1] - RAMP[0])))
 
     def forward(self, pair: torch.Tensor) -> torch.Tensor:
         """Return `(B, 6, *OLD)` for a stacked pair: ddf and moved image, in both directions."""
         moving, fixed = pair.as_subclass(torch.Tensor).split(1, dim=1)
-        angles = 360 * torch.rand(2, len(pair), generator=self.generator)
+        quarters = torch.randint(4, (2, len(pair)), generator=self.generator)
+        angles = 90 * (quarters + self.reach * (torch.rand(2, len(pair), generator=self.generator) - 0.5))
+        self.steps += 1
         a, b = ([turn_by(angle) for angle in row] for row in angles.tolist())
         ddf, ddf_back = both(self.net, turned(moving, a), turned(fixed, b))
         ddf, ddf_back = upright(ddf, a, b), upright(ddf_back, b, a)
         return torch.cat([ddf, warp(moving, ddf, padding="zeros"), ddf_back, warp(fixed, ddf_back, padding="zeros")], 1)
 
 
-def train(name: str, features: int, images: list[dict[str, torch.Tensor]], seed: int) -> nn.Module:
-    """Train a network from scratch, as in `retina.py` but for the turns."""
+def train(
+    name: str, features: int, images: list[dict[str, torch.Tensor]], seed: int, weights_dir: str = ""
+) -> nn.Module:
+    """Train a network as in `retina.py`, but for the turns and what it starts from.
+
+    Attention with turns goes on from the one without, and a hybrid is two U-Nets behind the attention of its kind,
+    which stays as it is: in either case one of the folder, or else one that is trained here.
+    """
+    turns = name.endswith("turns")
+    start = name.replace("hybrid", "attention only") if name.startswith("hybrid") else name.removesuffix(", turns")
     set_determinism(seed)
     net = build(name, features)
-    network = Turning(net, seed) if name.endswith("turns") else PairNetwork(net)
+    if start != name:
+        file = weights_file(start, features, seed, weights_dir)
+        known = file is not None and file.exists()
+        weights = torch.load(file) if known else train(start, features, images, seed, weights_dir).state_dict()
+        first = net.first.first if name.startswith("hybrid") else net
+        first.load_state_dict(weights)
+        set_determinism(seed)
+    network = Turning(net, seed) if turns else PairNetwork(net)
     retina.fit(network, pairs(images, seed, 1_000_000), seed)
     return net.eval()
+
+
+def weights_file(name: str, features: int, seed: int, weights_dir: str) -> Path | None:
+    """Say where the weights of a network are kept, if they are."""
+    file = f"{name}_{features}_{seed}.pt".replace(", ", "-").replace(" ", "-")
+    return Path(weights_dir) / file if weights_dir else None
 
 
 def overlaps(moved: torch.Tensor, fixed: torch.Tensor) -> np.ndarray:
@@ -186,7 +227,7 @@ def main(
             if (name, str(features), str(seed)) in done:
                 continue
             start = time.process_time()
-            net = train(name, features, training, seed)
+            net = train(name, features, training, seed, weights_dir)
             row = {
                 "network": name,
                 "features": features,
@@ -195,14 +236,11 @@ def main(
                 "seconds": round(time.process_time() - start),
             }
             append(path, [{**row, **evaluate(net, test, angle, warps)} for angle in angles])
-            if weights_dir:
-                folder = Path(weights_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                torch.save(
-                    net.state_dict(), folder / f"{name}_{features}_{seed}.pt".replace(", ", "-").replace(" ", "-")
-                )
+            if (file := weights_file(name, features, seed, weights_dir)) is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(net.state_dict(), file)
     print(machine())
-    rows = retina.read(path)
+    rows = [row for row in retina.read(path) if row["features"] == str(features)]
     table(rows)
     draw(rows, output_dir)
 
