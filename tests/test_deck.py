@@ -88,6 +88,7 @@ def test_retina_trains_and_goes_on(script, shared_data: Path, tmp_path: Path, mo
     monkeypatch.setattr(module, "EPOCHS", 1)
     monkeypatch.setattr(module, "STEPS", 2)
     options = {"variants": ("shift",), "warps": 1, "results": str(tmp_path / "retina.csv"), "weights_dir": ""}
+    options["output_dir"] = str(tmp_path)
     module.main(str(shared_data), seeds=1, networks=("attention only",), **options)
     module.main(str(shared_data), seeds=1, networks=("attention only", "U-Net only"), **options)
     rows = module.read(tmp_path / "retina.csv")
