@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import sys
 from pathlib import Path
@@ -133,3 +134,14 @@ def test_rotation_trains_scores_and_goes_on(script, tmp_path: Path, monkeypatch)
     assert turns[0] == turns[1] and plain[0] != plain[1], "features averaged over quarter turns follow them"
     assert hybrid[0] == hybrid[1], "what the attention follows, the U-Nets do not see"
     assert (tmp_path / "deck_rotation.png").stat().st_size < 200_000
+
+
+def test_limits(script, tmp_path: Path) -> None:
+    module = script("limits")
+    torch.manual_seed(0)
+    module.main(pairs=2, output_dir=str(tmp_path))
+    rows = list(csv.DictReader((tmp_path / "limits_vessels.csv").open()))
+    errors = {(row["kind"], float(row["amount"]), row["pair"]): float(row["error_mean"]) for row in rows}
+    assert errors["noise", 0.0, "0"] < 1e-3 < errors["noise", 0.1, "0"] and errors["cut", 0.0, "1"] == 0
+    assert errors["cut", 0.4, "1"] > errors["cut", 0.05, "1"] > 0
+    assert (tmp_path / "limits_vessels.png").stat().st_size < 200_000
