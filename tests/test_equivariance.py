@@ -116,6 +116,39 @@ def test_content_that_leaves_the_canvas_is_not_exact() -> None:
     assert largest(net, moving, fixed, translation((10, 0), CANVAS[2][0])) > 0.01
 
 
+def test_turns_of_content_no_thicker_than_a_block_are_not_exact() -> None:
+    net = network("deck", 2, torch.float64, rotation_group="grid")
+    moving = place(blocks(9, 13, dtype=torch.float64), (20, 22), (4, 5))
+    for thickness, exact in ((9, True), (3, False)):
+        fixed = place(blocks(thickness, 12, seed=1, dtype=torch.float64), (20, 20), (5, 4))
+        turned = rotation(turn_angle(90, 2), fixed.shape[2:])
+        error = largest(sharpened(net.attention_stage(), moving, fixed), moving, fixed, None, turned)
+        assert (error < 1e-8) if exact else (error > 0.1)
+
+
+def test_answers_that_are_no_numbers_do_not_pass() -> None:
+    images = content(9, 8), content(9, 8, seed=1)
+
+    def nothing(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, 2, *fixed.shape[2:]), torch.nan)
+
+    def partly(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        ddf = torch.zeros(1, 2, *fixed.shape[2:])
+        ddf[..., 12, 12] = torch.nan
+        return ddf
+
+    for net in (nothing, partly):
+        errors = equivariance_error(net, *images, kinds=["translation"], sides=["both"])
+        assert errors == {"translation of both": float("inf")}
+        with pytest.raises(AssertionError):
+            assert_equivariant(net, *images, kinds=["translation"], sides=["both"], least_change=0)
+
+
+def test_binary_masks_show_whether_a_network_looks() -> None:
+    masks = [place((content(9, 8, seed=k) > 0).float(), (14, 14), (2, 3)) for k in range(2)]
+    assert content_sensitivity(network("attention", 2, torch.float32), *masks) > 0
+
+
 def test_background_other_than_zero_is_not_exact() -> None:
     """So is the background: where it is noise, the canvas is the content, and moves of something within it are not."""
     net, (moving, fixed) = network("deck", 2, torch.float64), pair(2, torch.float64)

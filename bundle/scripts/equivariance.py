@@ -121,7 +121,8 @@ def error_map(
         answer: the answer to the moved images, if it is known already.
 
     Returns:
-        `(B, *new fixed shape)`, voxels, float64; NaN where the old position lies outside the old fixed canvas.
+        `(B, *new fixed shape)`, voxels, float64; infinite where an answer is not finite, NaN where the old position
+        lies outside the old fixed canvas.
 
     Example:
         >>> def lazy(moving, fixed):
@@ -136,7 +137,9 @@ def error_map(
     if answer is None:
         answer = _ask(network, move_moving.image(moving), move_fixed.image(fixed))
     expected, known = expected_ddf(ddf, move_moving, move_fixed)
-    return torch.where(known[:, 0], (answer.double() - expected).norm(dim=1), torch.nan)
+    error = (answer.double() - expected).norm(dim=1)
+    error = torch.where(error.isfinite(), error, torch.inf)  # NaN is kept for what is not known
+    return torch.where(known[:, 0], error, torch.nan)
 
 
 def _draw(kind: str, shape: Sequence[int], max_shift: int, sigma: float, generator: np.random.Generator) -> Move:
@@ -173,7 +176,10 @@ def _on_one_canvas(moving: torch.Tensor, fixed: torch.Tensor, margin: int) -> tu
 
 def _largest(errors: torch.Tensor) -> torch.Tensor:
     """Return the largest known error of each sample, `(B,)`."""
-    return errors.nan_to_num(nan=0.0, posinf=torch.inf).flatten(1).amax(dim=1)
+    errors = errors.flatten(1)
+    if bool(errors.isnan().all(dim=1).any()):
+        raise ValueError("no voxel of the moved fixed image lies on its old canvas: there is nothing to compare.")
+    return errors.nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
 
 
 def _check(kinds: Sequence[str], sides: Sequence[str], trials: int, max_shift: int) -> None:
@@ -246,7 +252,8 @@ def content_sensitivity(network: Network, moving: torch.Tensor, fixed: torch.Ten
     """Measure how much the answer changes, beyond a common translation, when the values inside the moving content do.
 
     A network that matches nothing but boxes or centroids follows every translation, and answers none of the questions a
-    registration is for. When the content's values change places within it, such an answer stays, or moves as one.
+    registration is for. When the content's values change places within it, such an answer stays, or moves as one. Where
+    all values are the same (a binary mask), they are scaled at random, by 0.5 to 1, instead.
 
     Args:
         network: as for `equivariance_error`.
@@ -255,7 +262,7 @@ def content_sensitivity(network: Network, moving: torch.Tensor, fixed: torch.Ten
         seed: of the permutation.
 
     Returns:
-        Largest change over voxels of the difference to the mean displacement, voxels.
+        Largest change over voxels of the difference to the mean displacement, voxels; of the sample where it is least.
 
     Example:
         >>> def boxes(moving, fixed):
@@ -268,10 +275,14 @@ def content_sensitivity(network: Network, moving: torch.Tensor, fixed: torch.Ten
     for image in permuted:
         content = (image != 0).any(dim=0)
         values = image[:, content]
-        image[:, content] = values[:, torch.randperm(values.shape[1], generator=generator).to(values.device)]
+        if bool((values == values[:, :1]).all()):
+            scales = 0.5 + 0.5 * torch.rand(values.shape[1], generator=generator)
+            image[:, content] = values * scales.to(values)
+        else:
+            image[:, content] = values[:, torch.randperm(values.shape[1], generator=generator).to(values.device)]
     change = (_ask(network, permuted, fixed) - _ask(network, moving, fixed)).double()
     mean = change.flatten(2).mean(dim=2).reshape([*change.shape[:2]] + [1] * (change.dim() - 2))
-    return (change - mean).norm(dim=1).max().item()
+    return (change - mean).norm(dim=1).flatten(1).amax(dim=1).min().item()
 
 
 def assert_equivariant(

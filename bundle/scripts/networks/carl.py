@@ -44,7 +44,8 @@ class CARL(nn.Module):
         extra_refinements: further U-Nets at full resolution, after the others.
         padding: by how many voxels, at the attention's resolution, the content's box is grown to the active set.
         rotation_group: turns of either image that the attention stage follows exactly, as for `CoordinateAttention`:
-            "none", "pi" or "grid". The U-Nets do not.
+            "none", "pi" or "grid". The fixed content must be thicker than `factor` voxels along every axis. The U-Nets
+            do not follow.
 
     Raises:
         ValueError: if an argument is out of range.
