@@ -175,7 +175,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=FIELDS)
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({k: f"{v:.5f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 def main(
