@@ -31,7 +31,7 @@ from .spaces import (
 )
 from .synthesis import DARKEST
 from .transforms import NormalizeContent, StackPair
-from .world import as_field, field_affine, sample_transform, warp_image
+from .world import as_field, field_affine, resample, sample_transform
 
 __all__ = ["PreparePaird", "RestorePaird", "network_axes", "network_image", "restored_field"]
 
@@ -138,8 +138,7 @@ def _resampled(image: MetaTensor, inside: torch.Tensor, axes_affine: torch.Tenso
     both = torch.cat([_plain(image), inside])
     if bool((sigmas > 0).any()):
         both = GaussianFilter(dims, sigmas.float().clamp(min=1e-3).tolist())(both.unsqueeze(0))[0]
-    to_itself = sample_transform([torch.eye(dims + 1, dtype=torch.float64)], affine, shape)
-    sampled = warp_image(MetaTensor(both, affine=image.affine), to_itself)
+    sampled = resample(MetaTensor(both, affine=image.affine), affine, shape)
     values, share = _plain(sampled[:-1]), _plain(sampled[-1:])
     values = torch.where(share >= _CONTENT_SHARE, values.clamp(DARKEST, 1.0), 0.0)
     if not bool(values.any()):

@@ -26,7 +26,7 @@ from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
 from .preparation import PreparePaird, RestorePaird, restored_field
 from .report import LOCAL_CORRELATION, describe, doubts_about_fit, measure, network_inconsistency
 from .weights import load_network, weights_record
-from .world import field_affine, invert_field, map_points, sample_transform, warp_image
+from .world import field_affine, invert_field, map_points, resample, warp_image
 
 __all__ = ["METHODS", "SIMILARITIES", "Registrar", "Registration", "register"]
 
@@ -249,12 +249,13 @@ class Registrar:
         """Measure, at the network's resolution and where the fixed image has content, before and after."""
         moving, fixed = seen["network_moving"], seen["network_fixed"]
         weight = (fixed.as_tensor() != 0).any(dim=0, keepdim=True).float() if counted is None else counted
-        at_rest = sample_transform([], field_affine(fixed), fixed.shape[1:])
-        fields = {"before": at_rest, "after": restored_field(there, moving, fixed)}
+        pictures = {
+            "before": resample(moving, field_affine(fixed), fixed.shape[1:]),
+            "after": warp_image(moving, restored_field(there, moving, fixed)),
+        }
         values = {}
-        for name, ddf in fields.items():
-            moved = warp_image(moving, ddf).as_tensor()
-            loss = self.similarity(moved[None], fixed.as_tensor()[None], weight[None]).item()
+        for name, moved in pictures.items():
+            loss = self.similarity(moved.as_tensor()[None], fixed.as_tensor()[None], weight[None]).item()
             values[name] = 1.0 - loss if self.options["similarity"] == "lncc" else loss
         measure = LOCAL_CORRELATION if self.options["similarity"] == "lncc" else "MIND-SSC distance"
         return {"measure": measure, **values}
@@ -285,8 +286,8 @@ def _counted(seen: Mapping[Any, Any]) -> torch.Tensor | None:
     if "similarity_mask" not in seen:
         return None
     fixed = seen["network_fixed"]
-    at_rest = sample_transform([], field_affine(fixed), fixed.shape[1:])
-    mask = warp_image(seen["similarity_mask"].to(torch.uint8), at_rest, "nearest").as_tensor().float()
+    given = seen["similarity_mask"].to(torch.uint8)
+    mask = resample(given, field_affine(fixed), fixed.shape[1:], "nearest").as_tensor().float()
     mask = mask * (fixed.as_tensor() != 0).any(dim=0, keepdim=True)
     if not bool(mask.any()):
         raise ValueError("the similarity mask has no voxel in the content of the fixed image.")

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 
 from .evaluation import landmark_error, overlap, regularity, round_trip
 from .fields import compose
-from .world import best_affine, field_affine, sample_transform, warp_image
+from .world import best_affine, field_affine, resample
 
 __all__ = ["describe", "doubts_about_fit", "measure", "network_inconsistency", "software"]
 
@@ -139,8 +139,8 @@ def measure(
         "best_affine": best_affine(fixed_to_moving, content).tolist(),
     }
     if moved_label is not None and "fixed_label" in pair:
-        at_rest = sample_transform([], field_affine(fixed), fixed.shape[1:])
-        before = overlap(warp_image(pair["moving_label"], at_rest, "nearest"), pair["fixed_label"])
+        unmoved = resample(pair["moving_label"], field_affine(fixed), fixed.shape[1:], "nearest")
+        before = overlap(unmoved, pair["fixed_label"])
         measured["overlap"] = {**overlap(moved_label, pair["fixed_label"]), "dice_before": before["dice"]}
     if "moving_points" in pair and "fixed_points" in pair:
         measured["landmarks"] = landmark_error(pair["fixed_points"], pair["moving_points"], [fixed_to_moving])

@@ -31,6 +31,7 @@ __all__ = [
     "invert_field",
     "invert_transform",
     "map_points",
+    "resample",
     "sample_transform",
     "split_affine",
     "warp_image",
@@ -171,6 +172,31 @@ def warp_image(image: torch.Tensor, field: torch.Tensor, mode: str = "linear", b
         position = apply_affine(to_image, index + ddf[:, rows].to(torch.float64))
         moved[:, rows] = (_sample(values, position, mode, "zeros") + background).to(image.dtype)
     return MetaTensor(moved, affine=four_by_four(field_affine(field)))
+
+
+def resample(
+    image: torch.Tensor, affine: torch.Tensor | np.ndarray, shape: Sequence[int], mode: str = "linear"
+) -> MetaTensor:
+    """Sample an image on another grid; it stays where it lies in the world.
+
+    Args:
+        image: `(C, *shape)`, a `MetaTensor`; 0 outside.
+        affine: voxel indices of the grid to RAS+ millimeters.
+        shape: voxels along each of its axes.
+        mode: as for `warp_image`.
+
+    Returns:
+        `(C, *new shape)` in the image's type, with the affine of the grid.
+
+    Raises:
+        ValueError: as `warp_image`.
+
+    Example:
+        >>> image = MetaTensor(torch.tensor([[[1.0, 2.0, 3.0]]]), affine=torch.eye(4))
+        >>> resample(image, torch.diag(torch.tensor([1.0, 2.0, 1.0])), (1, 2)).tolist()
+        [[[1.0, 3.0]]]
+    """
+    return warp_image(image, sample_transform([], affine, shape), mode)
 
 
 def best_affine(field: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
