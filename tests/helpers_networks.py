@@ -57,7 +57,7 @@ def randomized(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, DisplacementUNet):
-                nn.init.normal_(module.head.weight, std=0.03)
+                module.head.weight.copy_(nn.init.normal_(torch.empty(module.head.weight.shape), std=0.03))
                 nn.init.normal_(module.head.bias, std=0.03)
             if hasattr(module, "running_var"):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -68,7 +68,7 @@ def randomized(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
             if isinstance(module, CoordinateAttention):
                 for name, weight in module.named_parameters():
                     if weight.dim() > 2 and "conv" in name:
-                        nn.init.kaiming_normal_(weight)
+                        weight.copy_(nn.init.kaiming_normal_(torch.empty(weight.shape)))  # drawn in any layout alike
                 image = content(*[7] * module.spatial_dims, channels=module.in_channels, batch=2)
                 for _ in range(20):
                     module.encoder.train()(image, torch.ones_like(image[:, :1]))

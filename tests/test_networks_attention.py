@@ -55,6 +55,16 @@ class PlainEncoder(nn.Module):
         return 4.0 * x / (x.norm(dim=1, keepdim=True) + 1e-3)
 
 
+@pytest.fixture
+def whole_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have eager mode compute on whole canvases, as scripted, traced and compiled networks do."""
+
+    def keep(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return image, torch.zeros(image.shape[0], image.dim() - 2, dtype=torch.long)
+
+    monkeypatch.setattr("equireg.networks.attention.crop_to_content", keep)
+
+
 # ---- encoder
 
 
@@ -237,8 +247,10 @@ def test_attend_equals_an_explicit_softmax(masked: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dims", "padding", "shape", "at"), CASES)
+@pytest.mark.usefixtures("whole_canvas")
 @torch.no_grad()
 def test_answer_follows_the_moving_content(dims: int, padding: int, shape, at, dtype: torch.dtype) -> None:
+    """Also where nothing is cropped: features are those of the content, wherever it lies."""
     net = attention(dims, dtype, padding)
     values, fixed = (
         content(*CONTENT[dims], dtype=dtype),
@@ -272,6 +284,7 @@ def test_answer_follows_both_contents_at_any_resolution(dims: int, factor: int, 
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.usefixtures("whole_canvas")
 def test_a_plain_encoder_fails_this_test(dims: int) -> None:
     net = attention(dims)
     net.encoder = PlainEncoder(net.encoder)
@@ -280,6 +293,31 @@ def test_a_plain_encoder_fails_this_test(dims: int) -> None:
     shape, at = OTHERS[dims][0]
     by = [a - b for a, b in zip(at, CANVAS[dims][1])]
     assert (net(place(values, shape, at), fixed) - ddf - vector(by, ddf)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rotation_group", ["none", "pi"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_crops_change_nothing(dims: int, rotation_group: str, training: bool, request: pytest.FixtureRequest) -> None:
+    """Eager mode leaves background away: answers, gradients and running statistics are those of whole canvases."""
+    net = randomized(CoordinateAttention(dims, 1, 8, rotation_group=rotation_group), torch.float64).train(training)
+    shape = [n + 6 for n in CANVAS[dims][0]]
+    sizes = [CONTENT[dims], [n - 1 for n in CONTENT[dims]], CONTENT[dims], [n + 2 for n in CONTENT[dims]]]
+    images = [
+        place(content(*size, seed=k, dtype=torch.float64), shape, [k + axis for axis in range(dims)])
+        for k, size in enumerate(sizes)
+    ]
+    moving, fixed = torch.cat(images[:2]), torch.cat(images[2:])
+    found = []
+    for _ in range(2):
+        copied = copy.deepcopy(net)
+        ddf, ddf_back = copied.both(moving, fixed)
+        one = copied.eval()(moving, fixed)
+        (ddf.sin().sum() + ddf_back.cos().sum() + one.sin().sum()).backward()
+        found.append([ddf, ddf_back, one, *(p.grad for p in copied.parameters()), *copied.buffers()])
+        request.getfixturevalue("whole_canvas")
+    for crop, whole in zip(*found):
+        torch.testing.assert_close(crop, whole, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -134,3 +134,22 @@ def test_odd_channels_are_refused(shape: tuple[int, ...]) -> None:
 def test_wrong_number_of_channels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the moving image must have 1 channel\(s\), got 2"):
         pair_network(2)(torch.rand(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(training: bool) -> None:
+    """Convolutions run in half precision, and answers are float32 and close; the network inside knows nothing of it."""
+    network, image = pair_network(2).train(training), stacked((21, 18))
+    network.net.eval()
+    half = PairNetwork(network.net, autocast="bfloat16").train(training)
+    half.net.eval()
+    used: list[torch.dtype] = []
+    handle = network.net.steps.second.head.register_forward_hook(lambda _, __, answer: used.append(answer.dtype))
+    expected, answer = network(image), half(image)
+    handle.remove()
+    directions = 2 if training else 1
+    assert used == [torch.float32] * directions + [torch.bfloat16] * directions
+    assert answer.dtype == torch.float32 and answer.shape == expected.shape
+    assert 0 < (answer - expected)[:, :2].abs().mean() < 0.3
+    with pytest.raises(ValueError, match="autocast must be 'bfloat16', 'float16' or empty, got 'half'"):
+        PairNetwork(network.net, autocast="half")

@@ -16,6 +16,7 @@ __all__ = [
     "clamp_to_box",
     "content_box",
     "continue_affinely",
+    "crop_to_content",
     "has_content",
     "is_count",
     "keep_if_content",
@@ -265,6 +266,30 @@ def shift_grid(values: torch.Tensor, offset: torch.Tensor, shape: List[int], pad
         view[2 + k] = size
         inside = inside & ((index >= 0) & (index < old)).reshape(view)
     return values * inside.to(values.dtype) if padding == "zeros" else values
+
+
+def crop_to_content(image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Leave away the background around each sample's content, where that can be known: in eager mode.
+
+    A scripted, traced or compiled graph keeps the whole canvas, as its shapes cannot depend on values.
+
+    Args:
+        image: `(B, C, *shape)`.
+
+    Returns:
+        `(B, C, *size)`, each sample's content in its first corner, of the size of the largest one or of the canvas; and
+        the first index of that corner on the canvas, `(B, D)`, integer.
+
+    Example:
+        >>> crop, first = crop_to_content(torch.tensor([[[0.0, 0.0, 3.0, 1.0, 0.0]]]))
+        >>> crop.tolist(), first.tolist()
+        ([[[3.0, 1.0]]], [[2]])
+    """
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        first, last = content_box(image)
+        size: List[int] = (last - first + 1).amax(dim=0).tolist()
+        return shift_grid(image, first, size, "zeros"), first
+    return image, torch.zeros([image.shape[0], image.dim() - 2], dtype=torch.long, device=image.device)
 
 
 def pad_all(image: torch.Tensor, margin: int) -> torch.Tensor:

@@ -13,10 +13,12 @@ from .active import (
     clamp_to_box,
     content_box,
     continue_affinely,
+    crop_to_content,
     has_content,
     is_count,
     keep_if_content,
     pad_all,
+    shift_grid,
 )
 from .encoder import Encoder, to_length
 from .rotation import rotation_group as turns_of
@@ -143,9 +145,12 @@ class CoordinateAttention(nn.Module):
             ValueError: if the images do not fit the network or each other.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        moving_features, moving_allowed = self._encode(moving)
-        fixed_features, _ = self._encode(fixed)
-        return self._match(moving, moving_features, moving_allowed, fixed, fixed_features)
+        moving_crop, moving_start = crop_to_content(moving)
+        fixed_crop, fixed_start = crop_to_content(fixed)
+        moving_features, moving_allowed = self._encode(moving_crop)
+        fixed_features, _ = self._encode(fixed_crop)
+        ddf = self._match(moving_crop, moving_features, moving_allowed, fixed_crop, fixed_features)
+        return self._place(ddf, moving, moving_start, fixed, fixed_start)
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -161,16 +166,23 @@ class CoordinateAttention(nn.Module):
             The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
+        moving_crop, moving_start = crop_to_content(moving)
+        fixed_crop, fixed_start = crop_to_content(fixed)
         if self.training and moving.shape == fixed.shape:
-            features, allowed = self._encode(torch.cat([moving, fixed]))
+            shape = [max(sizes) for sizes in zip(moving_crop.shape[2:], fixed_crop.shape[2:])]
+            here = torch.zeros_like(moving_start)
+            moving_crop, fixed_crop = (shift_grid(crop, here, shape, "zeros") for crop in (moving_crop, fixed_crop))
+            features, allowed = self._encode(torch.cat([moving_crop, fixed_crop]))
             moving_features, fixed_features = features.chunk(2)
             moving_allowed, fixed_allowed = allowed.chunk(2)
         else:
-            moving_features, moving_allowed = self._encode(moving)
-            fixed_features, fixed_allowed = self._encode(fixed)
+            moving_features, moving_allowed = self._encode(moving_crop)
+            fixed_features, fixed_allowed = self._encode(fixed_crop)
+        ddf = self._match(moving_crop, moving_features, moving_allowed, fixed_crop, fixed_features)
+        ddf_back = self._match(fixed_crop, fixed_features, fixed_allowed, moving_crop, moving_features)
         return (
-            self._match(moving, moving_features, moving_allowed, fixed, fixed_features),
-            self._match(fixed, fixed_features, fixed_allowed, moving, moving_features),
+            self._place(ddf, moving, moving_start, fixed, fixed_start),
+            self._place(ddf_back, fixed, fixed_start, moving, moving_start),
         )
 
     def _encode(self, image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -221,10 +233,22 @@ class CoordinateAttention(nn.Module):
             allowed.flatten(1),
         )
         found = answer.transpose(1, 2).reshape(list(queries.shape[:1]) + [self.spatial_dims] + list(fixed.shape[2:]))
-        ddf = found + (center - identity_grid(list(fixed.shape[2:]), dtype, fixed.device))
-        fixed_first, fixed_last = content_box(fixed)
+        return found + (center - identity_grid(list(fixed.shape[2:]), dtype, fixed.device))
+
+    def _place(
+        self,
+        ddf: torch.Tensor,
+        moving: torch.Tensor,
+        moving_start: torch.Tensor,
+        fixed: torch.Tensor,
+        fixed_start: torch.Tensor,
+    ) -> torch.Tensor:
+        """Put a ddf between crops, which start at `(B, D)` on their canvases, on the fixed canvas and continue it."""
+        offset = (moving_start - fixed_start).to(ddf.dtype).reshape(list(ddf.shape[:2]) + [1] * self.spatial_dims)
+        ddf = shift_grid(ddf, -fixed_start, list(fixed.shape[2:]), "border") + offset
+        first, last = content_box(fixed)
         if len(self.turns) == 1:
-            ddf = clamp_to_box(ddf, fixed_first, fixed_last)
+            ddf = clamp_to_box(ddf, first, last)
         else:
-            ddf = continue_affinely(ddf, fixed_first, fixed_last)
+            ddf = continue_affinely(ddf, first, last)
         return keep_if_content(ddf, moving, fixed)

@@ -13,6 +13,8 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import nn
 
+from .layout import channels_together
+
 __all__ = ["Encoder", "to_length"]
 
 
@@ -145,6 +147,7 @@ class Encoder(nn.Module):
         self.block1 = _ResidualBlock(spatial_dims, feature_channels)
         self.block2 = _ResidualBlock(spatial_dims, feature_channels)
         self.block3 = _ResidualBlock(spatial_dims, feature_channels)
+        channels_together(self, spatial_dims)
 
     def forward(self, image: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         """Encode a batch of images.

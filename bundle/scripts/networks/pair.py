@@ -1,6 +1,7 @@
 """The adapter for hosts that hand a network one tensor and take one back."""
 
-from typing import Tuple
+from contextlib import nullcontext
+from typing import Optional, Tuple
 
 import torch
 from torch import nn
@@ -23,6 +24,12 @@ class PairNetwork(nn.Module):
     Args:
         net: a network called `net(moving, fixed)`.
         two_way: whether training mode answers in both directions.
+        autocast: "bfloat16" or "float16" runs the convolutions in that type (`torch.autocast`), in eager mode; where
+            the processor has instructions for it, training is faster. Coordinates, and what is sampled at them, stay
+            float32. An empty text leaves everything in the type of the images.
+
+    Raises:
+        ValueError: for another `autocast`.
 
     Example:
         >>> from equireg.networks import DisplacementUNet
@@ -32,10 +39,13 @@ class PairNetwork(nn.Module):
         (torch.Size([2, 6, 8, 8]), torch.Size([2, 3, 8, 8]))
     """
 
-    def __init__(self, net: nn.Module, two_way: bool = True) -> None:
+    def __init__(self, net: nn.Module, two_way: bool = True, autocast: str = "") -> None:
         super().__init__()
+        if autocast not in ("", "bfloat16", "float16"):
+            raise ValueError(f"autocast must be 'bfloat16', 'float16' or empty, got {autocast!r}.")
         self.net = net
         self.two_way = two_way
+        self.autocast = autocast
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Register a stacked pair.
@@ -56,13 +66,20 @@ class PairNetwork(nn.Module):
             )
         channels = image.shape[1] // 2
         moving, fixed = image[:, :channels], image[:, channels:]
-        if not torch.jit.is_scripting() and self.training and self.two_way:
-            ddf, ddf_back = self._both(moving, fixed)
-            back = warp(fixed, ddf_back, mode="linear", padding="zeros")
-            return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros"), ddf_back, back], dim=1)
-        ddf = self.net(moving, fixed)
+        if torch.jit.is_scripting():
+            ddf = self.net(moving, fixed)
+        else:
+            ddf, ddf_back = self._register(moving, fixed)
+            if ddf_back is not None:
+                back = warp(fixed, ddf_back, mode="linear", padding="zeros")
+                return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros"), ddf_back, back], dim=1)
         return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros")], dim=1)
 
     @torch.jit.unused
-    def _both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        return both(self.net, moving, fixed)
+    def _register(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Return the ddf, and the one of the other direction or None."""
+        device = moving.device.type
+        with torch.autocast(device, getattr(torch, self.autocast)) if self.autocast else nullcontext():
+            if self.training and self.two_way:
+                return both(self.net, moving, fixed)
+            return self.net(moving, fixed), None

@@ -8,6 +8,7 @@ from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 
 from .active import check_pair, is_count, keep_if_content
+from .layout import channels_together
 
 __all__ = ["DisplacementUNet"]
 
@@ -54,7 +55,8 @@ class _Up(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        fine = self.conv(F.leaky_relu(x)) + self.interpolate(_match_channels(x, self.out_channels))
+        fine = self.conv(F.leaky_relu(x))
+        fine += self.interpolate(_match_channels(x, self.out_channels))  # in place: here memory peaks
         fine = self.norm(fine)
         for k in range(2, skip.dim()):
             fine = fine.narrow(k, 0, skip.shape[k])
@@ -113,6 +115,7 @@ class DisplacementUNet(nn.Module):
         self.head = Conv[Conv.CONV, spatial_dims](width, spatial_dims, kernel_size=3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        channels_together(self, spatial_dims)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images on one grid.
@@ -129,6 +132,7 @@ class DisplacementUNet(nn.Module):
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
         x = torch.cat([_match_grid(moving, list(fixed.shape[2:])), fixed], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
         skips: List[torch.Tensor] = []
         for down in self.downs:
             skips.append(x)
