@@ -130,6 +130,13 @@ def test_other_losses_take_their_places_and_regularity_warms_up(tmp_path: Path) 
     assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path)["model"].values())
 
 
+def test_the_learning_rate_follows_the_epochs_that_a_host_asks_for(tmp_path: Path) -> None:
+    """MONAI Label sets the trainer's epochs, not the config's."""
+    made = workflow("train", "train", **settings(tmp_path), **{"train#trainer#max_epochs": 4})
+    (factor,) = made.parser.get_parsed_content("lr_scheduler").lr_lambdas
+    assert factor(2) == pytest.approx(0.5) and made.trainer.state.max_epochs == 4
+
+
 def test_a_new_training_sets_an_earlier_one_aside(tmp_path: Path) -> None:
     for seed in (0, 1):
         run("training", "train", **settings(tmp_path, seed=seed))
@@ -508,6 +515,47 @@ def test_inference_does_not_depend_on_how_files_are_stored(pairs: tuple[Path, in
 def test_inference_of_nothing_is_one_clear_error(given: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, RuntimeError)) as caught:
         run("run", "inference", **infer_options(tmp_path, 2, **given))
+    assert message in told(caught.value)
+
+
+@pytest.mark.parametrize("pairs", [3], indirect=True)
+def test_inference_for_a_host_that_serves_one_image(pairs: tuple[Path, int]) -> None:
+    """MONAI Label hands over `image` and what its client sent, calls the parts, and takes `pred` and `result`."""
+    folder, dims = pairs
+    made = workflow("infer", "inference", **infer_options(folder, dims))
+    item = made.preprocessing({"image": str(folder / "fixed.nii.gz"), "moving": "near.nii.gz"})
+    with torch.no_grad():
+        item["pred"] = made.inferer(item["image"][None], made.network_def.to(made.device).eval())[0]
+    done = made.postprocessing(item)
+    fixed, written = nib.load(folder / "fixed.nii.gz"), nib.load(folder / "out" / "near_to_fixed_moved.nii.gz")
+    assert done["pred"].shape == (1, *fixed.shape) and np.allclose(done["pred"].affine, fixed.affine, atol=1e-5)
+    assert np.array_equal(done["pred"][0], written.get_fdata())
+    report = done["result"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["files"].keys() == {"fixed_to_moving", "moving_to_fixed"}
+    assert all(Path(path).parent == folder / "out" and Path(path).exists() for path in report["files"].values())
+    assert report["moving"]["file"] == str(folder / "near.nii.gz") and report["similarity"].keys() >= {
+        "before",
+        "after",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"image": "fixed.nii.gz"}, "a moving image 'moving', got 'fixed.nii.gz' and None"),
+        ({"moving": "moving.nii.gz"}, "a pair needs a fixed image 'image'"),
+        ({"image": "", "moving": "moving.nii.gz"}, "a pair needs a fixed image 'image'"),
+        (
+            {"image": "images/fixed.nii.gz", "moving": "moving.nii.gz"},
+            "the image 'images/moving.nii.gz' does not exist",
+        ),
+    ],
+)
+def test_a_host_that_serves_no_pair_is_told(given: dict[str, str], message: str, tmp_path: Path) -> None:
+    made = workflow("infer", "inference", **infer_options(tmp_path, 2))
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        made.preprocessing(given)
     assert message in told(caught.value)
 
 

@@ -150,7 +150,7 @@ def test_decathlon_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_subjects_without_a_folder_mean_synthetic_data(tmp_path: Path) -> None:
-    assert subjects("", "training") == subjects(None, "test") == []
+    assert subjects("", "training") is subjects(None, "test") is None
     decathlon(tmp_path, 10)
     assert subjects(tmp_path, "test") == decathlon_subjects(tmp_path, "test")
 
@@ -270,12 +270,16 @@ def test_synthetic_dataset_says_what_it_expects() -> None:
 
 
 def test_pair_dataset_function_chooses_by_the_data() -> None:
-    synthetic = pair_dataset([], None, StackPaird(), 3, (24, 26, 28), num_pairs=4, seed=5, max_shift=1, kind="vessels")
+    synthetic = pair_dataset(
+        None, None, StackPaird(), 3, (24, 26, 28), num_pairs=4, seed=5, max_shift=1, kind="vessels"
+    )
     assert isinstance(synthetic, SyntheticPairDataset) and len(synthetic) == 4
     assert synthetic[0]["image"].shape == (2, 24, 26, 28)
     real = pair_dataset(tensors(3), None, StackPaird(), 2, 32, num_pairs=4)
     assert isinstance(real, PairDataset) and len(real) == 4 and real[0]["image"].shape == (2, 4, 4)
     assert len(pair_dataset(None, None, None, 2, 40)) == 1_000_000
+    with pytest.raises(ValueError, match="at least two subjects to make a pair, got 0"):
+        pair_dataset([], None, None, 2, 40)  # what MONAI Label hands over where nothing is labeled
 
 
 def test_pair_sampler_is_seeded_and_goes_on() -> None:

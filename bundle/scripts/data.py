@@ -217,11 +217,11 @@ class WarpedPairDataset(_IndexedPairs):
 
 
 def pair_dataset(
-    data: Sequence[Mapping[str, Any]] | None,
-    load: TransformLike | None,
-    transform: TransformLike | None,
-    spatial_dims: int,
-    shape: int | Sequence[int],
+    data: Sequence[Mapping[str, Any]] | None = None,  # configs leave out what is None, here and below
+    load: TransformLike | None = None,
+    transform: TransformLike | None = None,
+    spatial_dims: int = 3,
+    shape: int | Sequence[int] = 48,
     num_pairs: int | None = None,
     seed: int = 0,
     max_shift: int | Sequence[int] | None = None,
@@ -230,10 +230,10 @@ def pair_dataset(
     runtime_cache: bool | str = True,
     require_labels: bool = False,
 ) -> PairDataset | SyntheticPairDataset:
-    """Make the dataset of a config: pairs of the given subjects, or of synthetic anatomy if there are none.
+    """Make the dataset of a config: pairs of the given subjects, or of synthetic anatomy if no list is given.
 
     Args:
-        data: flat list of subjects; empty or None for synthetic data.
+        data: flat list of subjects; None for synthetic data. A host may hand over an empty list: that is an error.
         load: transforms of one subject; not applied to synthetic data, which comes as tensors.
         transform: transforms of one pair.
         spatial_dims: 2 or 3, for synthetic data.
@@ -250,10 +250,10 @@ def pair_dataset(
         ValueError: as the two dataset classes; and for a subject without the label that is required.
 
     Example:
-        >>> len(pair_dataset([], None, None, spatial_dims=2, shape=40, num_pairs=8))
+        >>> len(pair_dataset(spatial_dims=2, shape=40, num_pairs=8))
         8
     """
-    if data:
+    if data is not None:
         unlabeled = [subject for subject in data if require_labels and subject.get("label") is None]
         if unlabeled:
             raise ValueError(f"validation scores the overlap of labels, and {unlabeled[0].get('image')} has none.")

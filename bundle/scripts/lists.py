@@ -330,8 +330,8 @@ def image_files(
     return [{"image": str(path)} for path in sorted(path for k in part for path in persons[names[k]])]
 
 
-def subjects(dataset_dir: str | Path | None, split: str) -> list[dict[str, str]]:
-    """List the subjects of a data set, or none, which stands for the embedded synthetic data.
+def subjects(dataset_dir: str | Path | None, split: str) -> list[dict[str, str]] | None:
+    """List the subjects of a data set, or return None, which stands for the embedded synthetic data.
 
     Args:
         dataset_dir: a folder as for `decathlon_subjects`; "" or None for the synthetic data.
@@ -341,9 +341,9 @@ def subjects(dataset_dir: str | Path | None, split: str) -> list[dict[str, str]]
         ValueError: as `decathlon_subjects`.
 
     Example:
-        >>> subjects("", "training")
-        []
+        >>> subjects("", "training") is None
+        True
     """
     if dataset_dir is None or str(dataset_dir) == "":
-        return []
+        return None
     return decathlon_subjects(dataset_dir, split)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Transform
 
 from .images import read_image, read_label, read_mask
 from .io import itk_grid_affine
 from .landmarks import Landmarks, check_inside, read_landmarks
+from .lists import listed_pairs
 from .transform_files import read_affine
 
-__all__ = ["PAIR_KEYS", "fingerprints", "input_names", "read_pair"]
+__all__ = ["PAIR_KEYS", "PairFromImaged", "fingerprints", "input_names", "read_pair"]
 
 # What a pair may consist of, and the image whose grid or space each part shares.
 _LABELS = {"moving_label": "moving", "fixed_label": "fixed"}
@@ -85,6 +87,43 @@ def read_pair(
                 f"moving and fixed landmarks should correspond one to one, got {counts[0]} and {counts[1]}."
             )
     return pair
+
+
+class PairFromImaged(Transform):
+    """Make a pair of files of the one image that a host serves, which is the fixed one, and a moving one beside it.
+
+    MONAI Label hands over the path of its `image` and whatever else its client sent. An item that has a fixed image
+    already passes unchanged.
+
+    Args:
+        image_key: path of the image that the host serves.
+        moving_key: path of the moving image; a relative one starts from the folder of the fixed image.
+        fixed_key: where the path of the fixed image goes.
+
+    Raises:
+        ValueError: when called, if the item lacks either image, or there is no such file.
+
+    Example:
+        >>> PairFromImaged()({"moving": "a.nii", "fixed": "b.nii"})
+        {'moving': 'a.nii', 'fixed': 'b.nii'}
+    """
+
+    def __init__(self, image_key: str = "image", moving_key: str = "moving", fixed_key: str = "fixed") -> None:
+        self.image_key, self.moving_key, self.fixed_key = image_key, moving_key, fixed_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with both paths."""
+        item = dict(data)
+        if self.fixed_key in item:
+            return item
+        fixed, moving = item.get(self.image_key), item.get(self.moving_key)
+        if not fixed or not moving:
+            raise ValueError(
+                f"a pair needs a fixed image '{self.image_key}' and a moving image '{self.moving_key}', got {fixed!r} "
+                f"and {moving!r}."
+            )
+        (pair,) = listed_pairs(None, str(Path(fixed).parent / moving), str(fixed))
+        return {**item, self.moving_key: pair["moving"], self.fixed_key: pair["fixed"]}
 
 
 def input_names(sources: Mapping[str, Any]) -> dict[str, str | None]:

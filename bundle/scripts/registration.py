@@ -23,8 +23,8 @@ from .losses import LocalCorrelationLoss, MINDSSCLoss
 from .networks import PairNetwork
 from .optimization import FieldOptimization, NetworkOptimization
 from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
-from .preparation import PreparePaird, RestorePaird, restored_field
-from .report import LOCAL_CORRELATION, describe, doubts_about_fit, measure, network_inconsistency
+from .preparation import PreparePaird, RestorePaird
+from .report import describe, doubts_about_fit, measure, network_inconsistency, similarity
 from .weights import load_network, weights_record
 from .world import field_affine, invert_field, map_points, resample, warp_image
 
@@ -205,7 +205,7 @@ class Registrar:
                 moved_label = None if label is None else warp_image(label, fixed_to_moving, "nearest")
             with _timed(seconds, "measure"):
                 measured = {
-                    "similarity": self._similarity(seen, there, counted),
+                    "similarity": similarity(seen, there, self.similarity, counted),
                     "network_inverse_consistency_mm": inconsistency,
                     **measure(pair, fixed_to_moving, moving_to_fixed, moved_label, self.prepare.backgrounds[1]),
                 }
@@ -244,21 +244,6 @@ class Registrar:
         weight = None if counted is None else counted[None].to(self.device)
         assert self.optimization is not None
         return self.optimization(self.network.net, *given, ddf[None].to(self.device), weight)[0].cpu()
-
-    def _similarity(self, seen: Mapping[Any, Any], there: torch.Tensor, counted: torch.Tensor | None) -> dict[str, Any]:
-        """Measure, at the network's resolution and where the fixed image has content, before and after."""
-        moving, fixed = seen["network_moving"], seen["network_fixed"]
-        weight = (fixed.as_tensor() != 0).any(dim=0, keepdim=True).float() if counted is None else counted
-        pictures = {
-            "before": resample(moving, field_affine(fixed), fixed.shape[1:]),
-            "after": warp_image(moving, restored_field(there, moving, fixed)),
-        }
-        values = {}
-        for name, moved in pictures.items():
-            loss = self.similarity(moved.as_tensor()[None], fixed.as_tensor()[None], weight[None]).item()
-            values[name] = 1.0 - loss if self.options["similarity"] == "lncc" else loss
-        measure = LOCAL_CORRELATION if self.options["similarity"] == "lncc" else "MIND-SSC distance"
-        return {"measure": measure, **values}
 
 
 @contextmanager

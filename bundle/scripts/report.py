@@ -6,18 +6,32 @@ A report is made of plain numbers, texts, lists and dictionaries, so that it can
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import monai
 import torch
 from monai.data import MetaTensor
+from monai.transforms import Transform
+from monai.utils import TransformBackends
+from torch import nn
 
-from .evaluation import landmark_error, overlap, regularity, round_trip
+from . import __version__
+from .evaluation import jsonable, landmark_error, overlap, regularity, round_trip
 from .fields import compose
-from .world import best_affine, field_affine, resample
+from .losses import LocalCorrelationLoss
+from .preparation import restored_field
+from .world import best_affine, field_affine, resample, warp_image
 
-__all__ = ["describe", "doubts_about_fit", "measure", "network_inconsistency", "software"]
+__all__ = [
+    "ReportPaird",
+    "describe",
+    "doubts_about_fit",
+    "measure",
+    "network_inconsistency",
+    "similarity",
+    "software",
+]
 
 LOCAL_CORRELATION = "mean local correlation"  # of which more is better
 _FOLDING = 1.0  # percent of cells from which on a field is in doubt
@@ -58,7 +72,8 @@ def doubts_about_fit(report: Mapping[str, Any], record: Mapping[str, Any]) -> li
     """Say what speaks against a registration; no doubt is no proof that it is right.
 
     Args:
-        report: of the registration, with what `describe` and `measure` put in.
+        report: of the registration, with what `describe`, `similarity` and `measure` say, and with
+            "network_inverse_consistency_mm" if both directions were asked for.
         record: of the weights, see `equireg.weights.weights_record`.
 
     Returns:
@@ -81,7 +96,7 @@ def doubts_about_fit(report: Mapping[str, Any], record: Mapping[str, Any]) -> li
     if report["folding_percent"] > _FOLDING:
         doubts.append(f"the transform folds in {report['folding_percent']:.1f} % of its cells.")
     length = max(n * step for n, step in zip(seen["shape"], seen["spacing_mm"]))
-    if report["network_inverse_consistency_mm"] > _INCONSISTENCY * length:
+    if report.get("network_inverse_consistency_mm", 0.0) > _INCONSISTENCY * length:
         doubts.append(
             f"the network's two answers, from fixed to moving points and back, miss each other by "
             f"{report['network_inverse_consistency_mm']:.3g} mm on average: it matched little."
@@ -96,8 +111,6 @@ def software() -> dict[str, str]:
         >>> sorted(software())
         ['equireg', 'machine', 'monai', 'python', 'torch']
     """
-    from . import __version__
-
     return {
         "equireg": __version__,
         "torch": torch.__version__,
@@ -108,7 +121,7 @@ def software() -> dict[str, str]:
 
 
 def measure(
-    pair: Mapping[str, Any],
+    pair: Mapping[Any, Any],
     fixed_to_moving: MetaTensor,
     moving_to_fixed: MetaTensor,
     moved_label: MetaTensor | None = None,
@@ -147,6 +160,35 @@ def measure(
     return measured
 
 
+def similarity(
+    seen: Mapping[Any, Any], ddf: torch.Tensor, loss: nn.Module, weight: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Measure how similar two images are before and after registration, at the network's resolution.
+
+    Args:
+        seen: a pair after `equireg.preparation.PreparePaird`.
+        ddf: `(D or more, *at least the shape of the network's fixed image)`, voxels.
+        loss: `LocalCorrelationLoss` or `MINDSSCLoss`.
+        weight: where similarity counts, `(1, *shape)`; the content of the fixed image if left out.
+
+    Returns:
+        The "measure" and its values "before" and "after". Of local correlation more is better, of MIND-SSC less.
+    """
+    moving, fixed = seen["network_moving"], seen["network_fixed"]
+    if weight is None:
+        weight = (fixed.as_tensor() != 0).any(dim=0, keepdim=True).float()
+    local = isinstance(loss, LocalCorrelationLoss)
+    pictures = {
+        "before": resample(moving, field_affine(fixed), fixed.shape[1:]),
+        "after": warp_image(moving, restored_field(ddf, moving, fixed)),
+    }
+    values: dict[str, Any] = {"measure": LOCAL_CORRELATION if local else "MIND-SSC distance"}
+    for name, moved in pictures.items():
+        value = loss(moved.as_tensor()[None], fixed.as_tensor()[None], weight[None]).item()
+        values[name] = 1.0 - value if local else value
+    return values
+
+
 def network_inconsistency(there: torch.Tensor, back: torch.Tensor, fixed: MetaTensor) -> float:
     """Return by how much a network's two answers miss undoing each other: large where it matched nothing well.
 
@@ -162,6 +204,50 @@ def network_inconsistency(there: torch.Tensor, back: torch.Tensor, fixed: MetaTe
     miss = compose(back[None].double(), there[None].double())[0]
     distance = torch.einsum("ij,j...->i...", field_affine(fixed)[:dims, :dims], miss).norm(dim=0)
     return distance[(fixed.as_tensor() != 0).any(dim=0)].mean().item()
+
+
+class ReportPaird(Transform):
+    """Say what was registered and measure it, for hosts that hand their users a dictionary of results.
+
+    It follows `PreparePaird`, the network, `RestorePaird` and `InvertFieldd`, and what writes the transforms.
+
+    Args:
+        background: value of the background of the fixed image, or of the moving and of the fixed image.
+        files: items with the path of a file to name in the report.
+        output_key: where the report goes: plain numbers, texts, lists and dictionaries.
+
+    Example:
+        >>> from .preparation import PreparePaird, RestorePaird
+        >>> image = MetaTensor(torch.rand(1, 8, 9) + 0.1, affine=torch.eye(4))
+        >>> item = PreparePaird()({"moving": image, "fixed": image})
+        >>> item = RestorePaird()({**item, "pred": torch.zeros(2, 8, 9)})
+        >>> item["moving_to_fixed"] = item["fixed_to_moving"]
+        >>> ReportPaird()(item)["result"]["folding_percent"]
+        0.0
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        background: float | Sequence[float] = 0.0,
+        files: Sequence[str] = ("fixed_to_moving_path", "moving_to_fixed_path"),
+        output_key: str = "result",
+    ) -> None:
+        self.backgrounds = [background] * 2 if isinstance(background, (int, float)) else list(background)
+        self.files, self.output_key = tuple(files), output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with the report added."""
+        there, back = data["fixed_to_moving"], data["moving_to_fixed"]
+        report = {
+            **describe(data, self.backgrounds),
+            "similarity": similarity(data, data["pred"], LocalCorrelationLoss(sigma=2.0)),
+            **measure(data, there, back, background=self.backgrounds[1]),
+            "files": {name.removesuffix("_path"): data[name] for name in self.files if name in data},
+        }
+        report["warnings"] += doubts_about_fit(report, {})
+        return {**data, self.output_key: jsonable(report)}
 
 
 def _image(image: MetaTensor) -> dict[str, Any]:
