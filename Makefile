@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-ants lint format demo train-hippocampus train-vessels clean
+.PHONY: help venv test test-slow test-ants label lint format demo train-hippocampus train-vessels clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,16 @@ test-ants: ## check that ANTs makes the same of our transforms, in an environmen
 	@.venv-ants/bin/python -m pip install -qq --no-build-isolation -e '.[all,test]' antspyx==0.6.3
 	@.venv-ants/bin/python -m pytest -q tests/test_ants.py
 
+# MONAI Label goes last and without what it asks for: that would bring other versions of numpy, jsonschema and torch.
+label: ## serve the bundle and our app by MONAI Label and drive both, in an environment of its own (.venv-label)
+	@test -x .venv-label/bin/python || $(PYTHON) -m venv .venv-label
+	@.venv-label/bin/python -m pip install -qq -c constraints.txt $(TORCH) setuptools
+	@.venv-label/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[all,test]'
+	@.venv-label/bin/python -m pip install -qq -c constraints.txt -r bundle/docs/hosts/label_requirements.txt
+	@.venv-label/bin/python -m pip install -qq --no-deps monailabel==0.8.5 pydicom-seg==0.4.1 numpymaxflow==0.0.7 girder-client==5.0.21
+	@.venv-label/bin/python bundle/docs/hosts/label_torchvision.py
+	@.venv-label/bin/python -m pytest -q tests/test_label.py
+
 lint: $(STAMP) ## check style, formatting and types
 	@$(BIN)/python -m ruff check bundle tests
 	@$(BIN)/python -m ruff format --check bundle tests
@@ -57,5 +67,5 @@ train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=
 	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir "$(data)" --output_dir ../output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
-	@rm -rf $(VENV) .venv-ants build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf $(VENV) .venv-ants .venv-label build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find bundle tests -name __pycache__ -type d -prune -exec rm -rf {} +
