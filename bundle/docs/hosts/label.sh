@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Serve this bundle, or the app beside this script, by MONAI Label on loopback:
-#   bash bundle/docs/hosts/label.sh monaibundle|label_app STUDIES [PORT] [WORK]
-# STUDIES is a folder of images, WORK (output/label) gets the app and what it writes. Run it in the environment that
-# `make label` builds: the command `monailabel` starts whatever `python` the PATH has.
+#   bash bundle/docs/hosts/label.sh monaibundle|label_app STUDIES [PORT] [WORK] [OPTION...]
+# STUDIES is a folder of images, WORK (output/label) gets the app and what it writes, options go to MONAI Label. Run it in
+# the environment that `make label` builds: the command `monailabel` starts whatever `python` the PATH has.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 name="$1" studies="$2" port="${3:-8000}" work="${4:-output/label}"
@@ -19,4 +19,4 @@ else
 fi
 # `ngc` takes the bundle in the app's folder as it is; the default would look for it on the internet.
 exec monailabel start_server --app "$app" --studies "$studies" --host 127.0.0.1 --port "$port" \
-    --conf models equireg --conf zoo_source ngc --conf sam2 false
+    --conf models equireg --conf zoo_source ngc --conf sam2 false "${@:5}"
