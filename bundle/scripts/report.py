@@ -217,7 +217,7 @@ class ReportPaird(Transform):
         output_key: where the report goes: plain numbers, texts, lists and dictionaries.
 
     Example:
-        >>> from .preparation import PreparePaird, RestorePaird
+        >>> from equireg.preparation import PreparePaird, RestorePaird
         >>> image = MetaTensor(torch.rand(1, 8, 9) + 0.1, affine=torch.eye(4))
         >>> item = PreparePaird()({"moving": image, "fixed": image})
         >>> item = RestorePaird()({**item, "pred": torch.zeros(2, 8, 9)})
