@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from helpers_networks import content, count, moved_field, place, randomized, vector
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from equireg.networks import CoordinateAttention, Downsample
-from equireg.networks.attention import attend
+from equireg.networks.attention import _attend, attend
 from equireg.networks.encoder import Encoder
+from equireg.networks.streaming import streamed_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}  # voxels; measured: 1.4e-6 and 5e-15
 DTYPES = [torch.float32, torch.float64]
@@ -222,8 +224,11 @@ def test_coordinates_do_not_depend_on_the_precision() -> None:
     assert half.dtype == torch.float32 and (half - expected).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("function", [attend, _attend, streamed_attention])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attend_equals_an_explicit_softmax(masked: bool) -> None:
+def test_attend_equals_an_explicit_softmax(masked: bool, function, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("equireg.networks.streaming.QUERIES", 4)  # 11 and 17 are no multiples of the blocks
+    monkeypatch.setattr("equireg.networks.streaming.KEYS", 5)
     queries, keys = (4 * F.normalize(torch.randn(3, n, 8, dtype=torch.float64), dim=2) for n in (11, 17))
     values = torch.randn(3, 17, 3, dtype=torch.float64)
     allowed = torch.rand(3, 17) < 0.4 if masked else torch.ones(3, 17, dtype=torch.bool)
@@ -231,15 +236,35 @@ def test_attend_equals_an_explicit_softmax(masked: bool) -> None:
     leaves = [t.requires_grad_() for t in (queries, keys, values)]
     logits = torch.einsum("bqf,bkf->bqk", queries, keys).masked_fill(~allowed[:, None], float("-inf"))
     expected = torch.softmax(logits, dim=2) @ values
-    answer = attend(queries, keys, values, allowed)
+    answer = function(queries, keys, values, allowed)
     torch.testing.assert_close(answer, expected, rtol=0, atol=1e-12)
     weights = torch.randn_like(expected)
     for mine, theirs in zip(
         torch.autograd.grad((answer * weights).sum(), leaves), torch.autograd.grad((expected * weights).sum(), leaves)
     ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
-    single = attend(queries.float(), keys.float(), values.float(), allowed)
+    single = function(queries.float(), keys.float(), values.float(), allowed)
     torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_streamed_attention_by_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (
+        torch.randn(2, n, w, dtype=torch.float64, generator=generator).requires_grad_()
+        for n, w in ((5, 6), (7, 6), (7, 2))
+    )
+    allowed = torch.rand(2, 7, generator=generator) < 0.7
+    assert not allowed.all() and allowed.any(dim=1).all()
+    assert torch.autograd.gradcheck(lambda q, k, v: streamed_attention(q, k, v, allowed), (queries, keys, values))
+
+
+def test_products_at_the_bounds() -> None:
+    """Weights from exp(-80) on keep their ratio in single precision."""
+    queries, keys = torch.tensor([[[40.0, 0.0]]]), torch.tensor([[[-1.0, 0.0], [-0.975, 0.0]]])
+    answer = streamed_attention(queries, keys, torch.tensor([[[0.0], [1.0]]]), torch.ones(1, 2, dtype=torch.bool))
+    assert abs(answer.item() - torch.tensor(1.0).sigmoid().item()) < 1e-5
+    answer = streamed_attention(queries, -keys, torch.tensor([[[0.0], [1.0]]]), torch.ones(1, 2, dtype=torch.bool))
+    assert abs(answer.item() - torch.tensor(-1.0).sigmoid().item()) < 1e-5
 
 
 # ---- equivariance
@@ -384,9 +409,28 @@ def test_attention_refuses(arguments: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_attention_stays_on_the_kernel_with_linear_memory(spatial_dims: int) -> None:
+def test_graphs_stay_on_the_kernel_with_linear_memory(spatial_dims: int) -> None:
     net = CoordinateAttention(spatial_dims, 1, 16)
     images = torch.rand(2, 2, 1, *[6] * spatial_dims)
+    scripted = torch.jit.script(net)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where the fused kernel cannot serve
-        net(images[0], images[1]).sum().backward()
-        net.both(images[0], images[1])
+        scripted(images[0], images[1]).sum().backward()
+
+
+@pytest.mark.parametrize("function", [_attend, streamed_attention])
+def test_memory_is_linear(function) -> None:
+    """No tensor of as many elements as there are products is ever made, forward or backward."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            answer = func(*args, **(kwargs or {}))
+            made = [t for t in (answer if isinstance(answer, (tuple, list)) else [answer]) if torch.is_tensor(t)]
+            self.elements = max([self.elements, *(t.numel() for t in made)])
+            return answer
+
+    queries, keys = torch.randn(1, 2000, 16, requires_grad=True), torch.randn(1, 3000, 16, requires_grad=True)
+    with Largest() as largest:
+        function(queries, keys, torch.randn(1, 3000, 3), torch.ones(1, 3000, dtype=torch.bool)).sum().backward()
+    assert 48_000 <= largest.elements <= 512 * 1024

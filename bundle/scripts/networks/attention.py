@@ -23,6 +23,7 @@ from .active import (
 from .encoder import Encoder, to_length
 from .rotation import rotation_group as turns_of
 from .rotation import turn, turn_back
+from .streaming import streamed_attention
 
 __all__ = ["CoordinateAttention", "attend"]
 
@@ -30,12 +31,13 @@ __all__ = ["CoordinateAttention", "attend"]
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Average values by softmax weights of the unscaled products of queries and keys, in memory linear in both.
 
-    Half precision is computed as float32, and automatic mixed precision left: a coordinate rounded to bfloat16 is off
-    by up to a quarter voxel at 64 voxels from the center.
+    On a GPU and in scripted, traced and compiled graphs this is torch's fused kernel, in eager mode on a CPU
+    `streamed_attention`. Half precision is computed as float32, and automatic mixed precision left: a coordinate
+    rounded to bfloat16 is off by up to a quarter voxel at 64 voxels from the center.
 
     Args:
         queries: `(B, Q, F)`.
-        keys: `(B, K, F)`.
+        keys: `(B, K, F)`; products with queries lie between -40 and 40.
         values: `(B, K, V)`, V at most F.
         allowed: `(B, K)`, boolean, at least one true in each sample; other keys get no weight.
 
@@ -53,11 +55,13 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
         return _attend(queries, keys, values, allowed)
     else:  # TorchScript compiles what follows a returning `if`, but not this branch
         with torch.autocast(queries.device.type, enabled=False):
+            if queries.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+                return streamed_attention(queries, keys, values, allowed)
             return _attend(queries, keys, values, allowed)
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Do what `attend` does in the one precision of the arguments."""
+    """Do what `attend` does, in the one precision of the arguments, by torch's kernel."""
     # Contiguous features, values as wide as the keys and a mask of one row keep torch on its fused kernel, which never
     # builds the Q x K matrix; anything else falls back to the quadratic one.
     width = values.shape[2]
