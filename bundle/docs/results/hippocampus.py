@@ -49,11 +49,12 @@ CANVAS = (48, 64, 48)
 PAIR_SEEDS = {"training": 0, "validation": 1000003, "test": 2000003}  # the draws of the bundle's configs
 PAIR_KEYS = ("moving", "fixed", "moving_label", "fixed_label")
 ANTS_TYPES = {"ants_affine": "SyN", "ants": "SyNOnly"}  # affine then SyN, and SyN alone from the identity
-# The network alone, and with optimization of the field by two similarities.
-SIMILARITIES = {
-    "equireg": None,
-    "equireg_lncc": LocalCorrelationLoss(sigma=2.0),
-    "equireg_mind": MINDSSCLoss(radius=1, dilation=1),
+# The network alone, the same in half precision, and with optimization of the field by two similarities.
+NETWORKS: dict[str, tuple[Callable[..., torch.Tensor] | None, str]] = {
+    "equireg": (None, ""),
+    "equireg_bfloat16": (None, "bfloat16"),
+    "equireg_lncc": (LocalCorrelationLoss(sigma=2.0), ""),
+    "equireg_mind": (MINDSSCLoss(radius=1, dilation=1), ""),
 }
 GREEDY_STEPS = (
     "-i fixed moving -a -ia-image-centers -m NCC 2x2x2 -n 100x50x10 -seed 1 -o affine",
@@ -80,10 +81,11 @@ def _unregistered(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], tor
     return lambda: torch.zeros(1, 3, *fixed.shape[2:])
 
 
-def _network(weights: str, similarity: Callable[..., torch.Tensor] | None = None) -> Registration:
+def _network(weights: str, similarity: Callable[..., torch.Tensor] | None = None, autocast: str = "") -> Registration:
     """Run the network, no alignment before it; after it 50 steps of optimization, if a similarity is given."""
     optimization = None if similarity is None else FieldOptimization(steps=50, similarity=similarity)
-    net, infer = PairNetwork(equireg.load_network(weights)).eval(), RegistrationInferer(optimization=optimization)
+    net = PairNetwork(equireg.load_network(weights), autocast=autocast).eval()
+    infer = RegistrationInferer(optimization=optimization)
 
     @torch.no_grad()
     def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -139,13 +141,13 @@ def registration(method: str, weights: str, threads: int) -> Registration:
     """Prepare a method by its name; `ValueError` for an unknown one, `ImportError` if a package is missing."""
     if method == "unregistered":
         return _unregistered
-    if method in SIMILARITIES:
-        return _network(weights, SIMILARITIES[method])
+    if method in NETWORKS:
+        return _network(weights, *NETWORKS[method])
     if method == "greedy":
         return _greedy(threads)
     if method in ANTS_TYPES:
         return _ants(ANTS_TYPES[method])
-    known = ("unregistered", *SIMILARITIES, *ANTS_TYPES, "greedy")
+    known = ("unregistered", *NETWORKS, *ANTS_TYPES, "greedy")
     raise ValueError(f"expected a method of {', '.join(known)}, got '{method}'.")
 
 
