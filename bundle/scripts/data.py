@@ -5,8 +5,9 @@ An item holds `moving` and `fixed`, and `moving_label` and `fixed_label` where b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from copy import deepcopy
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -265,23 +266,36 @@ def pair_dataset(
 class PairSampler(RandomSampler):
     """Draw pairs at random, with replacement, for training; a checkpoint can carry the state of the draw.
 
+    Processes that train together draw the same and take turns, so that their batches are together the batch that one
+    process would get, and one checkpoint serves all.
+
     Args:
         dataset: any dataset with a length.
-        num_samples: items per epoch.
-        seed: seed of the sampler's own generator, which goes on from epoch to epoch; in multi-process training give
-            each process its own.
+        num_samples: items per epoch and process.
+        seed: seed of the sampler's own generator, which goes on from epoch to epoch; the same for all processes.
+        rank: number of this process, from 0.
+        num_replicas: number of processes that share the draw.
 
     Raises:
         ValueError: if `num_samples` is not positive.
 
     Example:
-        >>> list(PairSampler(range(100), 3, seed=0)) == list(PairSampler(range(100), 3, seed=0))
+        >>> whole = list(PairSampler(range(100), 6))
+        >>> list(PairSampler(range(100), 3, rank=1, num_replicas=2)) == whole[1::2]
         True
     """
 
-    def __init__(self, dataset: Sized, num_samples: int, seed: int = 0) -> None:
+    def __init__(self, dataset: Sized, num_samples: int, seed: int = 0, rank: int = 0, num_replicas: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
-        super().__init__(dataset, replacement=True, num_samples=num_samples, generator=generator)
+        super().__init__(dataset, replacement=True, num_samples=num_samples * num_replicas, generator=generator)
+        self.rank, self.num_replicas = rank, num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        """Draw for all processes, and hand out this one's share."""
+        return islice(super().__iter__(), self.rank, None, self.num_replicas)
+
+    def __len__(self) -> int:
+        return super().__len__() // self.num_replicas
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state of the generator: between two epochs, what decides all further draws."""

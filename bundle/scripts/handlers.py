@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -118,14 +119,16 @@ class AttentionMonitor:
             self._values.append(float(self.similarity(moved, fixed)))
 
     def _report(self, engine: Engine) -> None:
-        engine.state.metrics[self.name] = sum(self._values) / max(len(self._values), 1)
+        total, count = (idist.all_reduce(value) for value in (sum(self._values), len(self._values)))
+        engine.state.metrics[self.name] = total / max(count, 1)
 
 
 class EpochSeed:
     """Seed torch and the random transforms anew at the start of each epoch, from the epoch's number.
 
     A resumed training then augments and draws noise as an uninterrupted one does, without random states in its
-    checkpoint. Workers that outlive an epoch keep their own random transforms.
+    checkpoint. Workers that outlive an epoch keep their own random transforms. Where several processes train together,
+    each augments in its own way, and all draw the same noise, of which one draw serves a whole batch.
 
     Args:
         seed: seed of the training.
@@ -142,9 +145,11 @@ class EpochSeed:
 
     def __call__(self, engine: Engine) -> None:
         """Seed for the epoch that starts."""
-        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
-        torch.manual_seed(seed)
-        self.transform.set_random_state(seed=seed)
+        torch.manual_seed(self._drawn(engine.state.epoch))
+        self.transform.set_random_state(seed=self._drawn(engine.state.epoch, idist.get_rank()))
+
+    def _drawn(self, *numbers: int) -> int:
+        return int(np.random.SeedSequence([self.seed, *numbers]).generate_state(1)[0])
 
 
 class EpochCheckpoint:
@@ -153,7 +158,7 @@ class EpochCheckpoint:
     `checkpoint.pt` holds everything needed to go on; `model.pt` the flat state dict of the best validation so far.
     MONAI's `CheckpointSaver` writes in place, so that a kill in that moment loses the old file and the new one; this
     handler writes beside and renames. A new training sets the files of an earlier one aside: `checkpoint_previous.pt`,
-    `model_previous.pt`.
+    `model_previous.pt`. Where several processes train together, all read and the first one writes.
 
     Args:
         output_dir: folder of the two files.
@@ -219,6 +224,7 @@ class EpochCheckpoint:
             )
         return content
 
+    @idist.one_rank_only()
     def _set_aside(self, engine: Engine) -> None:
         """Rename what an earlier training left in the folder, so that a forgotten `resume` costs nothing."""
         for path in (self.path, self.best_path):
@@ -233,6 +239,10 @@ class EpochCheckpoint:
                 f"training diverged in epoch {engine.state.epoch}: {broken[0]} is not finite (with {len(broken) - 1} "
                 "more); the checkpoint stays the one before."
             )
+        self._write(engine, state)
+
+    @idist.one_rank_only()
+    def _write(self, engine: Engine, state: Mapping[str, torch.Tensor]) -> None:
         # Before the first validation the evaluator has no metrics, and between two of them those of the last one.
         score = None if self.evaluator is None else self.evaluator.state.metrics.get(self.metric)
         if score is not None and self.sign * float(score) > self.best:

@@ -14,6 +14,7 @@ from monai.networks.layers.factories import Conv
 from torch import nn
 
 from .layout import channels_together
+from .statistics import over_ranks
 
 __all__ = ["Encoder", "to_length"]
 
@@ -47,7 +48,7 @@ class _TrackedConvolution(nn.Module):
 
 
 class _TrackedNorm(nn.Module):
-    """Batch normalization on deviations, its statistics taken over active voxels.
+    """Batch normalization on deviations, its statistics taken over active voxels, see also `set_batch_statistics`.
 
     Parameters and buffers carry the names of `torch.nn.BatchNorm3d`; momentum and epsilon are torch's defaults. Where
     nothing is active there is nothing to learn from, and running statistics stay as they are.
@@ -55,9 +56,11 @@ class _TrackedNorm(nn.Module):
 
     running_mean: torch.Tensor
     running_var: torch.Tensor
+    batch_statistics: str
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.batch_statistics = "local"
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -69,12 +72,14 @@ class _TrackedNorm(nn.Module):
         self, deviation: torch.Tensor, background: torch.Tensor, active: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         mean, var = self.running_mean, self.running_var
-        if self.training:
+        if self.training and self.batch_statistics != "frozen":
             axes = [0] + list(range(2, deviation.dim()))
-            total = active.sum()
+            total = over_ranks(active.sum(), self.batch_statistics)
             count = total.clamp(min=1.0)
-            offset = deviation.sum(dim=axes) / count  # deviations are zero outside the active set
-            var = ((deviation - _per_channel(offset, deviation)) ** 2 * active).sum(dim=axes) / count
+            # Deviations are zero outside the active set.
+            offset = over_ranks(deviation.sum(dim=axes), self.batch_statistics) / count
+            squares = (deviation - _per_channel(offset, deviation)) ** 2 * active
+            var = over_ranks(squares.sum(dim=axes), self.batch_statistics) / count
             mean = background + offset
             with torch.no_grad():
                 unbiased = var * count / (count - 1.0).clamp(min=1.0)

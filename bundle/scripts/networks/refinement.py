@@ -9,6 +9,7 @@ from torch import nn
 
 from .active import check_pair, is_count, keep_if_content
 from .layout import channels_together
+from .statistics import BatchNorm
 
 __all__ = ["DisplacementUNet"]
 
@@ -50,8 +51,7 @@ class _Up(nn.Module):
         super().__init__()
         self.conv = Conv[Conv.CONVTRANS, spatial_dims](in_channels, out_channels, kernel_size=4, stride=2, padding=1)
         self.interpolate = nn.Upsample(scale_factor=2, mode="bilinear" if spatial_dims == 2 else "trilinear")
-        norm = nn.BatchNorm2d if spatial_dims == 2 else nn.BatchNorm3d
-        self.norm = norm(out_channels)
+        self.norm = BatchNorm(out_channels)
         self.out_channels = out_channels
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
