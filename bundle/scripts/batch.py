@@ -20,6 +20,7 @@ from .progress import progress
 from .registration import Registrar
 from .report import software
 from .results import REPORT, check_results, save_registration, write_text
+from .shards import Shard
 from .transform_files import read_transform
 from .world import field_affine, sample_transform, warp_image
 
@@ -273,6 +274,7 @@ def register_list(
     exports: Sequence[str] = (),
     picture: bool = True,
     point_frame: str | None = None,
+    shard: Shard | None = None,
 ) -> list[Outcome]:
     """Register the pairs of a list, each into a folder named after it, and note what became of each in `batch.csv`.
 
@@ -283,20 +285,23 @@ def register_list(
         exports: see `equireg.results.save_registration`.
         picture: draw `qc.png` for each.
         point_frame: frame of CSV files of landmarks.
+        shard: the part of the list that is this process's; all of it if left out.
 
     Returns:
-        What became of each pair.
+        What became of each pair, or of each of this process's.
 
     Raises:
         ValueError: if the folder cannot be written to.
     """
     check_results(folder, exports)
-    folder = writable_folder(folder)
+    folder, shard = writable_folder(folder), shard or Shard()
     outcomes: list[Outcome] = []
-    for pair in progress(pairs, "registering", "pair"):
-        name = pair_name(pair)
-        outcomes.append(register_pair(registrar, pair, folder / name, exports, picture, point_frame))
-        write_table([vars(outcome) for outcome in outcomes], folder / "batch.csv")
+    for pair in progress(shard.take(pairs), "registering", "pair"):
+        outcomes.append(register_pair(registrar, pair, folder / pair_name(pair), exports, picture, point_frame))
+        if shard.count == 1:
+            write_table([vars(outcome) for outcome in outcomes], folder / "batch.csv")
+    rows, names = [vars(outcome) for outcome in outcomes], [pair_name(pair) for pair in pairs]
+    shard.join(rows, names, folder, "batch", lambda found: found and write_table(found, folder / "batch.csv"))
     return outcomes
 
 
@@ -307,6 +312,7 @@ def evaluate_list(
     exports: Sequence[str] = (),
     picture: bool = True,
     point_frame: str | None = None,
+    shard: Shard | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, dict[str, Any]]]:
     """Measure the pairs of a list, registering those that bring no transform, and write `evaluation.csv` and `.json`.
 
@@ -317,40 +323,66 @@ def evaluate_list(
         exports: see `equireg.results.save_registration`.
         picture: draw `qc.png` for each pair that is registered.
         point_frame: frame of CSV files of landmarks.
+        shard: the part of the list that is this process's; all of it if left out.
 
     Returns:
         A row of numbers for each pair that could be measured, with its `name`; a sentence for each that could not; and
-        the summary of the rows.
+        the summary of the rows. Where processes share the list, of all pairs that are measured by now.
 
     Raises:
         ValueError: if the folder cannot be written to.
     """
-    folder = writable_folder(folder)
-    open_pairs = [pair for pair in pairs if not pair.get("fixed_to_moving")]
-    outcomes = [] if registrar is None else register_list(open_pairs, registrar, folder, exports, picture, point_frame)
+    folder, shard = writable_folder(folder), shard or Shard()
+    ready = [pair for pair in pairs if pair.get("fixed_to_moving")]
+    unregistered = [pair for pair in pairs if not pair.get("fixed_to_moving")]
+    outcomes: list[Outcome] = []
+    if registrar is not None:
+        outcomes = register_list(unregistered, registrar, folder, exports, picture, point_frame, shard)
     failures = {outcome.name: outcome.message for outcome in outcomes if outcome.status == "failed"}
+    background = 0.0 if registrar is None else registrar.options["background"][1]
     rows: list[dict[str, Any]] = []
-    for pair in progress(pairs, "measuring", "pair"):
+    for pair in progress([*shard.take(ready), *shard.take(unregistered)], "measuring", "pair"):
         name = pair_name(pair)
-        if name in failures:
-            continue
         try:
-            row: dict[str, Any] = {"name": name}
-            if not pair.get("fixed_to_moving"):
-                made = folder / name
-                pair = {**pair, **{key: made / f"{key}.nii.gz" for key in ("fixed_to_moving", "moving_to_fixed")}}
-                report = json.loads((made / REPORT).read_text())
-                row["seconds"] = report["seconds"]["total"]
-                row["network_inverse_consistency_mm"] = report["network_inverse_consistency_mm"]
-                row["warnings"] = " ".join(report["warnings"])
-            background = 0.0 if registrar is None else registrar.options["background"][1]
-            rows.append({**row, **evaluate_pair(pair, point_frame, background)})
+            if name in failures:
+                raise ValueError(failures[name])
+            rows.append({"name": name, **_measured(pair, folder / name, point_frame, background)})
         except EXPECTED_ERRORS as error:
-            failures[name] = one_line(error)
-    totals = summary(rows)
+            rows.append({"name": name, _FAILED: one_line(error)})
+    names = [pair_name(pair) for pair in pairs]
+    found = shard.join(rows, names, folder, "evaluation", lambda found: _write_evaluation(found, len(pairs), folder))
+    return _split(found)
+
+
+_FAILED = "failed"
+
+
+def _measured(
+    pair: Mapping[str, Any], made: Path, point_frame: str | None, background: float
+) -> dict[str, float | str | None]:
+    """Measure a pair, whose transforms are in a folder that `register_pair` made if it has none of its own."""
+    row: dict[str, Any] = {}
+    if not pair.get("fixed_to_moving"):
+        pair = {**pair, **{key: made / f"{key}.nii.gz" for key in ("fixed_to_moving", "moving_to_fixed")}}
+        report = json.loads((made / REPORT).read_text())
+        row["seconds"] = report["seconds"]["total"]
+        row["network_inverse_consistency_mm"] = report["network_inverse_consistency_mm"]
+        row["warnings"] = " ".join(report["warnings"])
+    return {**row, **evaluate_pair(pair, point_frame, background)}
+
+
+def _split(
+    found: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, dict[str, Any]]]:
+    """Tell measured rows from failures, and summarize the rows."""
+    rows = [row for row in found if _FAILED not in row]
+    return rows, {row["name"]: row[_FAILED] for row in found if _FAILED in row}, summary(rows)
+
+
+def _write_evaluation(found: Sequence[dict[str, Any]], count: int, folder: Path) -> None:
+    rows, failures, totals = _split(found)
     (folder / "evaluation.csv").unlink(missing_ok=True)
     if rows:
         write_table(rows, folder / "evaluation.csv")
-    result = {"pairs": len(pairs), "failed": failures, "summary": totals}
+    result = {"pairs": count, "failed": failures, "summary": totals}
     write_text(json.dumps(jsonable(result), indent=2) + "\n", folder / "evaluation.json")
-    return rows, failures, totals
