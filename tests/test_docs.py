@@ -22,6 +22,7 @@ from equireg.landmarks import Landmarks, write_landmarks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", ROOT / "bundle" / "docs" / "README.md") if path.exists()]
+PAGES += sorted(ROOT.glob("bundle/docs/hosts/*.md"))
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("bundle/docs/**/*.md")})
 PREFIX = "python -m monai.bundle"
 # Options of MONAI's commands themselves; everything else overrides the config.
@@ -45,6 +46,7 @@ def monai_commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for line in lines(page, "bash", "sh", "shell", "console"):
+            line = re.sub(r"torchrun .*-m monai\.bundle", PREFIX, line)
             for part in re.split(r"&&|;", line):
                 if PREFIX in part:
                     found.append((page.relative_to(ROOT).as_posix(), part[part.index(PREFIX) :].strip()))
@@ -168,7 +170,8 @@ def test_shipped_weights_are_documented() -> None:
 
 def equireg_commands(page: Path) -> list[list[str]]:
     """Return the words of each `equireg` command of a page."""
-    found = [line for line in lines(page, "bash") if line.startswith("equireg ")]
+    found = [re.sub(r"torchrun .*-m equireg ", "equireg ", line) for line in lines(page, "bash")]
+    found = [line for line in found if line.startswith("equireg ")]
     return [shlex.split(line)[1:] for line in found]
 
 

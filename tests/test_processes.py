@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import worker_processes
-from helpers_bundle import SIZES, TINY_TRAINING, files, inside_bundle, random_network, random_weights
+from helpers_bundle import SIZES, TINY_TRAINING, files, inside_bundle, random_network, random_weights, run
 from helpers_networks import content, randomized
 from ignite.engine import Engine
 from monai.transforms import RandAxisFlip
@@ -129,6 +129,13 @@ def test_one_process_writes(mode: str, folder: Path) -> None:
     assert names == {"checkpoint", "model", "events"} and not (folder / f"{mode}_written_by_1").exists()
     state = torch.load(folder / f"{mode}_written_by_0" / "checkpoint.pt", weights_only=True)["model"]
     random_network(2).load_state_dict(state)  # names as in one process
+
+
+def test_one_process_goes_on_where_two_stopped(folder: Path, tmp_path: Path) -> None:
+    source = folder / "synchronized_written_by_0" / "checkpoint.pt"
+    (tmp_path / "checkpoint.pt").write_bytes(source.read_bytes())
+    run("training", "train", **{**SMALL, "epochs": 3, "batch_size": 2, "output_dir": str(tmp_path), "resume": True})
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 9
 
 
 # ---- evaluation
