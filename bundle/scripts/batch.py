@@ -42,6 +42,8 @@ __all__ = [
 
 # What a bad input or too small a machine ends in: one sentence, not a traceback. torch has no type for "out of memory".
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
+# What marks, in place of measures, the row of a pair that failed.
+_FAILED = "failed"
 
 
 def one_line(error: BaseException) -> str:
@@ -352,9 +354,6 @@ def evaluate_list(
     names = [pair_name(pair) for pair in pairs]
     found = shard.join(rows, names, folder, "evaluation", lambda found: _write_evaluation(found, len(pairs), folder))
     return _split(found)
-
-
-_FAILED = "failed"
 
 
 def _measured(
