@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-ants label lint format demo train-hippocampus train-vessels clean
+.PHONY: help venv test test-slow test-ants label deploy release lint format demo train-hippocampus train-vessels clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,21 @@ label: ## serve the bundle and our app by MONAI Label and drive both, in an envi
 	@.venv-label/bin/python bundle/docs/hosts/label_torchvision.py
 	@.venv-label/bin/python -m pytest -q tests/test_label.py
 
+# The SDK's pins are of its own world, and its package lists a CUDA runtime that a CPU does without: --no-deps.
+# `git archive`: what is committed and nothing else, in a folder named after the model.
+release: ## make dist/equireg.zip, the bundle as MONAI and the model zoo unpack it
+	@mkdir -p dist
+	@git archive --format=zip --prefix=equireg/ --output=dist/equireg.zip HEAD:bundle
+	@echo dist/equireg.zip
+
+deploy: ## run the MONAI Deploy application end to end, in an environment of its own (.venv-deploy)
+	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
+	@.venv-deploy/bin/python -m pip install -qq $(TORCH) setuptools
+	@.venv-deploy/bin/python -m pip install -qq --no-deps monai-deploy-app-sdk==4.0.0 holoscan-cu13==4.6.0
+	@.venv-deploy/bin/python -m pip install -qq -c constraints.txt -r bundle/docs/hosts/deploy/requirements.txt
+	@.venv-deploy/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[all,test]'
+	@.venv-deploy/bin/python -m pytest -q tests/test_deploy.py
+
 lint: $(STAMP) ## check style, formatting and types
 	@$(BIN)/python -m ruff check bundle tests
 	@$(BIN)/python -m ruff format --check bundle tests
@@ -67,5 +82,5 @@ train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=
 	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir "$(data)" --output_dir ../output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
-	@rm -rf $(VENV) .venv-ants .venv-label build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	@rm -rf $(VENV) .venv-ants .venv-label .venv-deploy build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	@find bundle tests -name __pycache__ -type d -prune -exec rm -rf {} +
