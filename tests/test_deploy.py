@@ -1,0 +1,190 @@
+"""MONAI Deploy runs our application and the stock operator; run by `make deploy`, where the SDK is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers_grids import grid
+from test_registration import anatomy, files
+
+from equireg.images import read_image
+from equireg.registration import Registration, register
+from equireg.results import save_registration
+
+pytest.importorskip("monai.deploy.core", reason="needs the MONAI Deploy App SDK: make deploy")
+sitk = pytest.importorskip("SimpleITK")
+SERIES = ["--_meta_::network_data_format::outputs::pred::type", "series"]
+
+
+@pytest.fixture(scope="module")
+def model(root: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Return a function that exports the shipped weights as the page says."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def export(name: str, *options: str) -> Path:
+        path = folder / name
+        command = ["ckpt_export", "--net_id", "network_def", "--filepath", str(path), "--ckpt_file", "models/model.pt"]
+        command += ["--meta_file", "configs/metadata.json", "--config_file", "configs/inference.json", *options]
+        if not path.exists():
+            subprocess.run([sys.executable, "-m", "monai.bundle", *command], cwd=root / "bundle", check=True)
+        return path
+
+    return export
+
+
+def run_app(root: Path, app: str, given: Path, out: Path, model: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "bundle" / "docs" / "hosts" / "deploy" / app), "-i", str(given)]
+    command += ["-o", str(out), "-m", str(model)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root / "bundle"), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Registration, Path]:
+    """Make a pair on oblique grids; return its folder, and what the package alone makes of it, in memory and files."""
+    given, reference = (tmp_path_factory.mktemp(name) for name in ("in", "reference"))
+    moving, fixed = files(given, 3)
+    result = register(moving, fixed, weights="hippocampus", spacing=1.0)
+    save_registration(result, reference)
+    return given, result, reference
+
+
+def same_file(path: Path, expected: Path) -> None:
+    """Assert that two NIfTI files hold the same float32 values on the same grid, bit by bit."""
+    one, other = nib.load(path), nib.load(expected)
+    assert one.get_data_dtype() == other.get_data_dtype() == np.float32
+    assert np.array_equal(one.affine, other.affine) and one.header.get_intent() == other.header.get_intent()
+    assert np.array_equal(one.get_fdata(dtype=np.float32), other.get_fdata(dtype=np.float32))
+    assert np.abs(one.get_fdata()).max() > 0.5
+
+
+def test_the_application_makes_what_the_command_makes(
+    model, pair: tuple[Path, Registration, Path], root: Path, tmp_path: Path
+) -> None:
+    given, result, reference = pair
+    exported = model("model.ts")
+    done = run_app(root, "app.py", given, tmp_path / "out", exported)
+    assert done.returncode == 0, done.stderr
+    for name in ("moved", "fixed_to_moving", "moving_to_fixed"):
+        same_file(tmp_path / "out" / f"{name}.nii.gz", reference / f"{name}.nii.gz")
+    assert np.allclose(nib.load(tmp_path / "out" / "moved.nii.gz").affine, nib.load(given / "fixed.nii.gz").affine)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["options"]["weights"] == str(exported) and len(report["options"]["weights_sha256"]) == 64
+    assert report["similarity"] == result.report["similarity"]
+    assert report["folding_percent"] == result.report["folding_percent"]
+
+
+def test_the_stock_operator_makes_the_same(
+    model, pair: tuple[Path, Registration, Path], root: Path, tmp_path: Path
+) -> None:
+    given, _, reference = pair
+    done = run_app(root, "stock_app.py", given, tmp_path / "out", model("model_series.ts", *SERIES))
+    assert done.returncode == 0, done.stderr
+    for name in ("moved", "fixed_to_moving"):
+        same_file(tmp_path / "out" / f"{name}.nii.gz", reference / f"{name}.nii.gz")
+
+
+def test_the_stock_operator_needs_another_type_in_the_metadata(
+    model, pair: tuple[Path, Registration, Path], root: Path, tmp_path: Path
+) -> None:
+    """Type "image" asks the operator for one channel of uint8: no displacement field passes."""
+    done = run_app(root, "stock_app.py", pair[0], tmp_path / "out", model("model.ts"))
+    assert done.returncode != 0 and "cannot select an axis to squeeze out" in done.stderr
+
+
+def test_a_missing_image_fails_with_its_name(model, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    files(tmp_path / "in", 3)
+    (tmp_path / "in" / "fixed.nii.gz").unlink()
+    done = run_app(root, "app.py", tmp_path / "in", tmp_path / "out", model("model.ts"))
+    assert done.returncode != 0 and "expected one file or DICOM folder 'fixed*'" in done.stderr
+
+
+def write_series(
+    folder: Path, values: np.ndarray, origin: tuple[float, float, float], pixel: tuple[float, float] = (0.7, 0.9)
+) -> Path:
+    """Write an array (x, y, slice) as a series of CT slices 2 mm apart, LPS."""
+    folder.mkdir()
+    for number in range(values.shape[2]):
+        slice_ = sitk.GetImageFromArray(np.round(values[:, :, number].T).astype(np.int16)[None])
+        slice_.SetSpacing((*pixel, 2.0))
+        tags = {"0008|0060": "CT", "0020|000e": "1.2.3", "0020|000d": "1.2", "0008|0018": f"1.2.3.{number}"}
+        tags |= {"0020|0032": f"{origin[0]}\\{origin[1]}\\{origin[2] + 2 * number}", "0020|0037": "1\\0\\0\\0\\1\\0"}
+        tags |= {"0020|0011": "1", "0020|0013": str(number + 1), "0028|1052": "0", "0028|1053": "1"}
+        for key, value in tags.items():
+            slice_.SetMetaData(key, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{number:03d}.dcm"))
+        writer.Execute(slice_)
+    return folder
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    """Make a folder with a moving and a fixed DICOM series, the fixed one smaller and elsewhere."""
+    values = anatomy((40, 52, 20))
+    (tmp_path / "in").mkdir()
+    write_series(tmp_path / "in" / "moving", values, (-10, 20, 5))
+    write_series(tmp_path / "in" / "fixed", values[2:, 4:], (30, -15, 60))
+    return tmp_path / "in"
+
+
+def test_dicom_series(model, series: Path, root: Path, tmp_path: Path) -> None:
+    done = run_app(root, "app.py", series, tmp_path / "out", model("model.ts"))
+    assert done.returncode == 0, done.stderr
+    save_registration(register(series / "moving", series / "fixed", spacing=1.0), tmp_path / "reference")
+    for name in ("moved", "fixed_to_moving", "moving_to_fixed"):
+        same_file(tmp_path / "out" / f"{name}.nii.gz", tmp_path / "reference" / f"{name}.nii.gz")
+
+
+@pytest.fixture
+def operators(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(root / "bundle" / "docs" / "hosts" / "deploy"))
+    return pytest.importorskip("operators")
+
+
+def sdk_image(folder: Path):
+    """Read a series as the SDK's own DICOM operators do."""
+    from monai.deploy.core import Application
+    from monai.deploy.operators.dicom_data_loader_operator import DICOMDataLoaderOperator
+    from monai.deploy.operators.dicom_series_selector_operator import DICOMSeriesSelectorOperator
+    from monai.deploy.operators.dicom_series_to_volume_operator import DICOMSeriesToVolumeOperator
+
+    app = Application()
+    studies = DICOMDataLoaderOperator(app, name="loader").load_data_to_studies(folder)
+    selected = DICOMSeriesSelectorOperator(app, rules="", name="selector").filter(None, studies)
+    return DICOMSeriesToVolumeOperator(app, name="volume").convert_to_image(selected)
+
+
+def test_images_of_the_sdk_lie_where_their_files_do(operators: ModuleType, tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "a", anatomy((40, 52, 20)), (-10, 20, 5), pixel=(0.8, 0.8))
+    theirs, ours = (read_image(source) for source in (operators.readable(sdk_image(folder)), folder))
+    one, other = (nib.as_closest_canonical(nib.Nifti1Image(i[0].numpy(), i.affine.numpy())) for i in (theirs, ours))
+    assert np.allclose(one.affine, other.affine, atol=1e-4)
+    assert np.array_equal(one.get_fdata(), other.get_fdata()) and one.get_fdata().max() > 40
+
+
+def test_images_that_the_sdk_places_wrongly_are_refused(operators: ModuleType, series: Path) -> None:
+    image = sdk_image(series / "moving")
+    wrong = np.linalg.norm(image.metadata()["nifti_affine_transform"][:3, :2], axis=0)
+    assert np.allclose(wrong, (0.9, 0.7)), "if the SDK places it rightly now, the refusal can go"
+    with pytest.raises(ValueError, match="pixels that are not square, got 0.9 x 0.7 mm: pass the folder"):
+        operators.readable(image)
+
+
+def test_a_path_is_read_as_it_is(operators: ModuleType, tmp_path: Path) -> None:
+    assert operators.readable(tmp_path) is tmp_path
+    affine = grid(3, 0)
+    assert operators.readable((1, affine))[1] is affine
