@@ -48,6 +48,7 @@ def test_networks_of_monai_behind_attention_follow_every_move(script) -> None:
     found = module.main(spatial_dims=2, epochs=3)
     assert all(row["last"] < row["first"] for row in found.values())
     assert found["attention, then both"]["error"] < 1e-3
+    assert max(row["cropped"] for row in found.values()) < 1e-3
     assert min(found[name]["error"] for name in ("VoxelMorph", "RegUNet")) > 1, "the measure should tell"
 
 
@@ -60,7 +61,7 @@ def test_networks_of_monai_take_part(script) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
         for parameter in network.first.second.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    moving, fixed = (next(iter(module.pairs(2)))[name] for name in ("moving", "fixed"))
+    moving, fixed = (next(iter(module.pairs(2)))[name][..., :45, :43] for name in ("moving", "fixed"))
     with torch.no_grad():
         change = network(moving, fixed) - first_step(network)(moving, fixed)
         middle = network.first(moving, fixed) - first_step(network)(moving, fixed)

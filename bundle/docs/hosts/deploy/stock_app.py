@@ -38,11 +38,14 @@ class PrepareOperator(Operator):
 
     Args:
         fragment: the application.
-        options: `spacing` and `background`, as for `PreparePaird`.
+        spacing: of the network, millimeters; see `PreparePaird`.
+        background: value of the background of both images.
     """
 
-    def __init__(self, fragment: Fragment, *args: Any, options: dict[str, Any], **kwargs: Any) -> None:
-        self.prepare = PreparePaird(spacing=options.get("spacing"), background=options.get("background", 0.0))
+    def __init__(
+        self, fragment: Fragment, *args: Any, spacing: float | None = None, background: float = 0.0, **kwargs: Any
+    ) -> None:
+        self.prepare = PreparePaird(spacing=spacing, background=background)
         super().__init__(fragment, *args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -69,10 +72,13 @@ class RestoreOperator(Operator):
     Args:
         fragment: the application.
         output_folder: where the files go.
+        background: value that the moved image has where the moving image ends.
     """
 
-    def __init__(self, fragment: Fragment, *args: Any, output_folder: Path, **kwargs: Any) -> None:
-        self.output_folder = output_folder
+    def __init__(
+        self, fragment: Fragment, *args: Any, output_folder: Path, background: float = 0.0, **kwargs: Any
+    ) -> None:
+        self.output_folder, self.background = output_folder, background
         super().__init__(fragment, *args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -87,7 +93,7 @@ class RestoreOperator(Operator):
         item = RestorePaird()({**pair, "pred": pred})
         field = item["fixed_to_moving"]
         write_displacement_field(field, field.affine, self.output_folder / "fixed_to_moving.nii.gz")
-        write_image(warp_image(item["moving"], field), self.output_folder / "moved.nii.gz")
+        write_image(warp_image(item["moving"], field, background=self.background), self.output_folder / "moved.nii.gz")
 
 
 class StockApp(Application):
@@ -97,7 +103,9 @@ class StockApp(Application):
         """Connect the operators."""
         context = Application.init_app_context(self.argv)
         loader = PairLoaderOperator(self, CountCondition(self, 1), input_folder=context.input_path, name="loader")
-        prepare = PrepareOperator(self, options=self.kwargs("registration"), name="prepare")
+        options = self.kwargs("registration")
+        space, background = options.get("spacing"), options.get("background", 0.0)
+        prepare = PrepareOperator(self, spacing=space, background=background, name="prepare")
         inference = MonaiBundleInferenceOperator(
             self,
             app_context=context,
@@ -107,7 +115,7 @@ class StockApp(Application):
             bundle_config_names=BundleConfigNames(preproc_name="none", postproc_name="none"),
             name="inference",
         )
-        restore = RestoreOperator(self, output_folder=context.output_path, name="restore")
+        restore = RestoreOperator(self, output_folder=context.output_path, background=background, name="restore")
         self.add_flow(loader, prepare, {("moving", "moving"), ("fixed", "fixed")})
         self.add_flow(prepare, inference, {("image", "image")})
         self.add_flow(inference, restore, {("pred", "pred")})
