@@ -45,13 +45,13 @@ label: ## serve the bundle and our app by MONAI Label and drive both, in an envi
 	@.venv-label/bin/python bundle/docs/hosts/label_torchvision.py
 	@.venv-label/bin/python -m pytest -q tests/test_label.py
 
-# The SDK's pins are of its own world, and its package lists a CUDA runtime that a CPU does without: --no-deps.
 # `git archive`: what is committed and nothing else, in a folder named after the model.
 release: ## make dist/equireg.zip, the bundle as MONAI and the model zoo unpack it
 	@mkdir -p dist
 	@git archive --format=zip --prefix=equireg/ --output=dist/equireg.zip HEAD:bundle
 	@echo dist/equireg.zip
 
+# The SDK asks for packages of the GPU that a CPU does without, several GB: hence --no-deps, and a list of the others.
 deploy: ## run the MONAI Deploy application end to end, in an environment of its own (.venv-deploy)
 	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
 	@.venv-deploy/bin/python -m pip install -qq $(TORCH) setuptools
