@@ -75,10 +75,12 @@ def config_names(option: str) -> list[str]:
     return list(literal_eval(option)) if option.startswith("[") else [option]
 
 
-def merged(names: Sequence[str]) -> ConfigParser:
-    """Return the merged configs; files are named from inside the bundle."""
+def merged(names: Sequence[str], meta: str | None = None) -> ConfigParser:
+    """Return the merged configs, with the metadata if they are named; files are named from inside the bundle."""
     parser = ConfigParser()
     parser.read_config([str(ROOT / "bundle" / name) for name in names])
+    if meta:
+        parser.read_meta(str(ROOT / "bundle" / meta))
     return parser
 
 
@@ -91,7 +93,7 @@ def problems(command: str) -> list[str]:
     found = [f"{config} does not exist" for config in configs if not (ROOT / "bundle" / config).is_file()]
     if found or not configs:
         return found
-    parser = merged(configs)
+    parser = merged(configs, options.get("meta_file"))
     if name == "run":
         run_id = positional[0] if positional else "run"
         found += [] if run_id in parser else [f"no run id '{run_id}' in {configs}"]
