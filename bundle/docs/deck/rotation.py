@@ -4,9 +4,10 @@
 
 with the folder of `retina.py` trains every network that the results file does not have yet, scores it with the moving
 eye turned by each angle, adds a row per angle to the file, prints the table and draws it. The networks with turns have
-features averaged over the turns of the grid, start from the weights of the network without, and see both images of a
-training pair turned at random, which is undone around the network before the loss: so regularity is judged between
-upright images. Angles grow: first they are multiples of 90 degrees, in the end anything from 0 to 360.
+features averaged over the turns of the grid and see both images of a training pair turned at random, which is undone
+around the network before the loss: so regularity is judged between upright images. Attention with turns starts from the
+weights without, while angles grow: first they are multiples of 90 degrees, in the end anything from 0 to 360. A hybrid
+starts from the attention of its kind, with all angles at once, and is trained as a whole.
 """
 
 from __future__ import annotations
@@ -50,23 +51,13 @@ def pairs(images: list[dict[str, torch.Tensor]], seed: int, length: int) -> Warp
     return WarpedPairDataset(images, RandWarpPaird(), transform=transform, length=length, seed=seed)
 
 
-class Frozen(Downsample):
-    """A trained attention stage, whose statistics stay; so do its weights if they need no gradient."""
-
-    def train(self, mode: bool = True) -> Frozen:
-        """Stay in eval mode."""
-        return super().train(False)
-
-
 def build(name: str, features: int) -> nn.Module:
     """Build a network called `net(moving, fixed)`; with "turns", its attention follows quarter turns exactly."""
     turns, hybrid = name.endswith("turns"), name.startswith("hybrid")
     attention = CoordinateAttention(2, feature_channels=features, padding=1, rotation_group="grid" if turns else "none")
-    net: nn.Module = (Frozen if hybrid else Downsample)(attention, 4, content_phase=True, centered=turns)
-    if hybrid:
-        net.requires_grad_(False)
-        for _ in range(2):
-            net = TwoStep(net, DisplacementUNet(2, channels=retina.UNET_CHANNELS))
+    net: nn.Module = Downsample(attention, 4, content_phase=True, centered=turns)
+    for _ in range(2 if hybrid else 0):
+        net = TwoStep(net, DisplacementUNet(2, channels=retina.UNET_CHANNELS))
     return net
 
 
@@ -98,17 +89,25 @@ class Turning(nn.Module):
     """Turn both images of a pair by random angles, register them, and answer for the upright images.
 
     It is the `PairNetwork` of training mode around a network that sees the turned images only.
+
+    Args:
+        net: called `net(moving, fixed)`.
+        seed: of the angles.
+        growing: whether angles start as multiples of 90 degrees; if not, they are uniform from the first step on.
     """
 
-    def __init__(self, net: nn.Module, seed: int) -> None:
+    def __init__(self, net: nn.Module, seed: int, growing: bool) -> None:
         super().__init__()
         self.net = net
+        self.growing = growing
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
 
     @property
     def reach(self) -> float:
         """How far angles lie from a multiple of 90 degrees, of the 45 there are: all, and so uniform, in the end."""
+        if not self.growing:
+            return 1.0
         progress = self.steps / (retina.EPOCHS * retina.STEPS)
         return min(1.0, max(0.0, (progress - RAMP[0]) / (RAMP[1] - RAMP[0])))
 
@@ -129,8 +128,8 @@ def train(
 ) -> nn.Module:
     """Train a network as in `retina.py`, but for the turns and what it starts from.
 
-    Attention with turns goes on from the one without, and a hybrid is two U-Nets behind the attention of its kind,
-    which stays as it is: in either case one of the folder, or else one that is trained here.
+    Attention with turns goes on from the one without, and a hybrid from the attention of its kind: in either case one of
+    the folder, or else one that is trained here.
     """
     turns = name.endswith("turns")
     start = name.replace("hybrid", "attention only") if name.startswith("hybrid") else name.removesuffix(", turns")
@@ -143,7 +142,7 @@ def train(
         first = net.first.first if name.startswith("hybrid") else net
         first.load_state_dict(weights)
         set_determinism(seed)
-    network = Turning(net, seed) if turns else PairNetwork(net)
+    network = Turning(net, seed, growing=name != "hybrid, turns") if turns else PairNetwork(net)
     retina.fit(network, pairs(images, seed, 1_000_000), seed)
     return net.eval()
 
@@ -269,7 +268,7 @@ def table(rows: list[dict[str, str]]) -> None:
 
 def draw(rows: list[dict[str, str]], output_dir: str) -> None:
     """Draw Dice against the angle."""
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     panel = figure.subplots()
     names = list(dict.fromkeys(row["network"] for row in rows))
     for (name, seed), curve in curves(rows).items():
@@ -278,7 +277,7 @@ def draw(rows: list[dict[str, str]], output_dir: str) -> None:
         panel.plot(angles, [curve[a] for a in angles], "o-", ms=3, color=f"C{names.index(name)}", label=label)
     panel.set(xlabel="angle of the moving image, degrees", ylabel="Dice", ylim=(0, 0.9), xticks=range(0, 361, 45))
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     save(figure, "deck_rotation.png", output_dir)
 
 
