@@ -128,8 +128,8 @@ def train(
 ) -> nn.Module:
     """Train a network as in `retina.py`, but for the turns and what it starts from.
 
-    Attention with turns goes on from the one without, and a hybrid from the attention of its kind: in either case one of
-    the folder, or else one that is trained here.
+    Attention with turns goes on from the one without, and a hybrid from the attention of its kind: in either case one
+    of the folder, or else one that is trained here.
     """
     turns = name.endswith("turns")
     start = name.replace("hybrid", "attention only") if name.startswith("hybrid") else name.removesuffix(", turns")
