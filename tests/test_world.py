@@ -11,7 +11,7 @@ import torch
 from helpers_grids import centered, field, grid, image, lps, smooth, to_itk
 from monai.data import MetaTensor
 
-from equireg import world
+from equireg import blocks
 from equireg.fields import warp
 from equireg.io import write_displacement_field
 from equireg.spaces import apply_affine
@@ -185,11 +185,11 @@ def test_index_displacements_warp_arrays() -> None:
     assert (ours - warp_image(moving, there)).abs()[0][inside].max() < 1e-2
 
 
-def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     moving, there = pair(3, 1)
     whole = (warp_image(moving, there), sample_transform([there], moving.affine, moving.shape[1:]))
     inverse = invert_field(there, moving.affine, moving.shape[1:], tolerance=0.0)
-    monkeypatch.setattr(world, "_SLAB", 400)
+    monkeypatch.setattr(blocks, "_VOXELS", 400)
     assert torch.equal(whole[0], warp_image(moving, there))
     assert torch.equal(whole[1], sample_transform([there], moving.affine, moving.shape[1:]))
     assert torch.equal(inverse, invert_field(there, moving.affine, moving.shape[1:], tolerance=0.0))

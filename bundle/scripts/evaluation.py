@@ -14,6 +14,7 @@ import torch
 from monai.data import MetaTensor
 from monai.metrics import compute_dice, compute_hausdorff_distance
 
+from .blocks import spaced_voxels
 from .landmarks import Landmarks
 from .metrics import folding_fraction, sd_log_jacobian, target_registration_error
 from .spaces import apply_affine
@@ -131,8 +132,7 @@ def round_trip(there: MetaTensor, back: MetaTensor, mask: torch.Tensor | None = 
         {'inverse_consistency_mm': 0.0, 'inverse_consistency_mm_p95': 0.0}
     """
     shape = there.shape[1:]
-    start = torch.arange(there[0].numel()) if mask is None else mask.as_subclass(torch.Tensor).flatten().nonzero()[:, 0]
-    start = start[:: max(1, -(-len(start) // _ROUND_TRIPS))]
+    start = spaced_voxels(shape, mask, _ROUND_TRIPS)
     index = torch.stack(torch.unravel_index(start, shape)).double()
     points = apply_affine(field_affine(there), index).T
     there_points = map_points(points, [there])

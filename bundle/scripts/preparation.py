@@ -18,7 +18,7 @@ from monai.networks.layers import GaussianFilter
 from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
-from .fields import identity_grid
+from .blocks import mapped_indices
 from .spaces import (
     apply_affine,
     covering_grid,
@@ -307,8 +307,8 @@ def restored_field(pred: torch.Tensor, network_moving: MetaTensor, network_fixed
         )
     ddf = _plain(pred).detach().cpu()[(slice(dims),) + tuple(slice(size) for size in shape)]
     to_fixed = torch.linalg.inv(field_affine(network_fixed)) @ field_affine(network_moving)
-    index = identity_grid(list(shape), torch.float64)[0]
-    return as_field(apply_affine(to_fixed, index + ddf.double()) - index, field_affine(network_fixed))
+    moved = mapped_indices(shape, lambda index, where: apply_affine(to_fixed, index + ddf[where]))
+    return as_field(moved, field_affine(network_fixed))
 
 
 def _placed(values: torch.Tensor, affine: torch.Tensor, source: MetaTensor) -> MetaTensor:

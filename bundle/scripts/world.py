@@ -7,19 +7,20 @@ order in which points pass through them, each an affine `(D + 1, D + 1)` on RAS+
 Transforms are named by the way points go: the image on a fixed grid is made by looking up `fixed_to_moving` of every
 fixed voxel.
 
-All positions are computed in float64. Where grids are large, the work is done slab by slab, so that memory stays that
-of the result.
+All positions are computed in float64. Grids are worked on block by block, and of what is sampled only the part that a
+block reads is converted to float64: memory stays that of the result, and what is temporary stays in the processor's
+cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from .fields import identity_grid, warp
+from .blocks import blocks, mapped_indices, sample, sample_scattered, spaced_voxels
 from .spaces import apply_affine, four_by_four, world_matrix
 
 __all__ = [
@@ -37,8 +38,8 @@ __all__ = [
     "warp_image",
 ]
 
-_SLAB = 2**20  # voxels whose positions are in memory at a time
 _FIT_SAMPLES = 100_000  # voxels that determine an affine of 12 numbers more than well enough
+_COARSE = 4  # voxels between those whose inverse is found first, from where the others start
 
 
 def as_field(ddf: torch.Tensor, affine: torch.Tensor | np.ndarray) -> MetaTensor:
@@ -100,8 +101,7 @@ def map_points(points_mm: torch.Tensor, transform: Sequence[torch.Tensor]) -> to
         [[10.0, 0.0]]
     """
     points = _values(points_mm).to(torch.float64)
-    spread = points.T.reshape([points.shape[1], -1] + [1] * (points.shape[1] - 1))
-    return _move(spread, _prepared(transform, points.shape[1])).flatten(1).T
+    return _move(points.T, _prepared(transform, points.shape[1])).T
 
 
 def sample_transform(
@@ -127,11 +127,8 @@ def sample_transform(
     """
     dims = len(shape)
     grid = world_matrix(affine, dims)
-    steps = _prepared(transform, dims)
-    ddf = torch.empty([dims, *shape], dtype=torch.float32)
-    for rows, index in _slabs(shape):
-        mapped = apply_affine(torch.linalg.inv(grid), _move(apply_affine(grid, index), steps))
-        ddf[:, rows] = (mapped - index).float()
+    steps, to_grid = _prepared(transform, dims), torch.linalg.inv(grid)
+    ddf = mapped_indices(shape, lambda index, _: apply_affine(to_grid, _move(apply_affine(grid, index), steps)))
     return as_field(ddf, grid)
 
 
@@ -166,11 +163,11 @@ def warp_image(image: torch.Tensor, field: torch.Tensor, mode: str = "linear", b
     to_image = torch.linalg.inv(field_affine(image)) @ field_affine(field)
     if mode == "linear" and not image.is_floating_point():
         raise ValueError(f"warp_image expects a floating point image for mode 'linear', got {image.dtype}.")
-    ddf, values = _values(field), _values(image).to(torch.float64) - background  # the sampler knows zeros outside alone
+    ddf, values = _values(field), _values(image)
     moved = torch.empty([values.shape[0], *field.shape[1:]], dtype=image.dtype)
-    for rows, index in _slabs(field.shape[1:]):
-        position = apply_affine(to_image, index + ddf[:, rows].to(torch.float64))
-        moved[:, rows] = (_sample(values, position, mode, "zeros") + background).to(image.dtype)
+    for index, block in blocks(field.shape[1:]):
+        position = apply_affine(to_image, index + ddf[block])
+        moved[block] = sample(values, position, mode, "zeros", background).to(image.dtype)
     return MetaTensor(moved, affine=four_by_four(field_affine(field)))
 
 
@@ -196,7 +193,8 @@ def resample(
         >>> resample(image, torch.diag(torch.tensor([1.0, 2.0, 1.0])), (1, 2)).tolist()
         [[[1.0, 3.0]]]
     """
-    return warp_image(image, sample_transform([], affine, shape), mode)
+    still = torch.zeros(1).expand(len(shape), *shape)  # takes no memory
+    return warp_image(image, as_field(still, affine), mode)
 
 
 def best_affine(field: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -216,6 +214,7 @@ def best_affine(field: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
         ValueError: if the field has no affine, or the mask another shape.
 
     Example:
+        >>> from .fields import identity_grid
         >>> grid = identity_grid([4, 5])[0]
         >>> best_affine(as_field(0.5 * grid + 3.0, torch.eye(3))).round(decimals=6).tolist()
         [[1.5, 0.0, 3.0], [0.0, 1.5, 3.0], [0.0, 0.0, 1.0]]
@@ -223,9 +222,8 @@ def best_affine(field: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     dims = field.dim() - 1
     if mask is not None and mask.numel() != field[0].numel():
         raise ValueError(f"best_affine expects a mask of shape {list(field.shape[1:])}, got {list(mask.shape)}.")
-    chosen = torch.arange(field[0].numel()) if mask is None else _values(mask).flatten().nonzero()[:, 0]
-    chosen = chosen if len(chosen) else torch.arange(field[0].numel())
-    chosen = chosen[:: -(-len(chosen) // _FIT_SAMPLES)]
+    mask = None if mask is None or not bool(mask.any()) else mask
+    chosen = spaced_voxels(field.shape[1:], mask, _FIT_SAMPLES)
     grid = field_affine(field)
     index = torch.stack(torch.unravel_index(chosen, field.shape[1:])).to(torch.float64)
     displacement = _values(field).flatten(1)[:, chosen].to(torch.float64)
@@ -278,9 +276,8 @@ def index_displacement(field: torch.Tensor, image: torch.Tensor) -> torch.Tensor
         >>> index_displacement(as_field(torch.ones(2, 2, 2), torch.eye(3)), image)[:, 1, 1].tolist()
         [1.0, 3.0]
     """
-    to_image = torch.linalg.inv(field_affine(image)) @ field_affine(field)
-    index = identity_grid(list(field.shape[1:]), torch.float64)[0]
-    return (apply_affine(to_image, index + _values(field).double()) - index).float()
+    to_image, ddf = torch.linalg.inv(field_affine(image)) @ field_affine(field), _values(field)
+    return mapped_indices(field.shape[1:], lambda index, block: apply_affine(to_image, index + ddf[block]))
 
 
 def affine_inverse(affine: torch.Tensor) -> torch.Tensor:
@@ -311,14 +308,16 @@ def invert_field(
 ) -> MetaTensor:
     """Invert a displacement field on another grid.
 
-    The best-fitting affine is inverted exactly, and the rest, `r`, by the fixed-point iteration `z = z0 - r(z)`, which
-    converges where neighboring points change their distance by less than itself, and with half steps up to thrice that.
+    The best-fitting affine is inverted exactly, and the rest, `r`, by the fixed-point iteration `z = z0 - r(z)` that
+    starts from the inverse on a coarser grid. It converges where neighboring points change their distance by less than
+    itself, the faster for a look at the step before, and with half steps up to thrice that.
     Turning and scaling an image thus costs nothing; where the field folds there is no inverse, and the iterate that
     misses least stands. What no point of the field's grid reaches is sent where the affine, and the rest at the border
     of the grid, would take it back.
 
     Reference: Chen et al., "A simple fixed-point approach to invert a deformation field", Medical Physics 35(1), 2008,
-    https://doi.org/10.1118/1.2816107.
+    https://doi.org/10.1118/1.2816107; Anderson, "Iterative procedures for nonlinear integral equations", Journal of the
+    ACM 12(4), 1965, https://doi.org/10.1145/321296.321305, with a memory of one step.
 
     Args:
         field: a displacement field `(D, *shape)`, from fixed to moving points.
@@ -344,15 +343,19 @@ def invert_field(
     if not torch.linalg.det(fit[:dims, :dims]).abs() > 1e-6:
         raise ValueError("the field sends all of its grid onto a plane, a line or a point: it has no inverse.")
     undo = torch.linalg.inv(fit @ fixed)  # moving points to fixed indices, were the field its affine part alone
-    rest = torch.empty(field.shape, dtype=torch.float64)
-    for rows, index in _slabs(field.shape[1:]):
-        rest[:, rows] = apply_affine(undo @ fixed, index + _values(field)[:, rows].to(torch.float64)) - index
-    ddf = torch.empty([dims, *shape], dtype=torch.float32)
-    for rows, index in _slabs(shape):
-        goal = apply_affine(undo @ moving, index)
-        found = _fixed_point(rest, goal, iterations, tolerance)
-        ddf[:, rows] = (apply_affine(torch.linalg.inv(moving) @ fixed, found) - index).float()
-    return as_field(ddf, moving)
+    start: list[torch.Tensor] = [torch.linalg.inv(fit)]
+    if max(shape) > 2 * _COARSE:
+        steps = torch.diag(torch.tensor([*[_COARSE] * dims, 1.0], dtype=torch.float64))
+        start = [invert_field(field, moving @ steps, [-(-n // _COARSE) for n in shape], iterations, tolerance)]
+    begin, ddf = _prepared(start, dims), _values(field)
+
+    def found(index: torch.Tensor, _: tuple[slice, ...]) -> torch.Tensor:
+        points = apply_affine(moving, index)
+        first = apply_affine(torch.linalg.inv(fixed), _move(points, begin))
+        at = _fixed_point(ddf, undo @ fixed, first, apply_affine(undo, points), iterations, tolerance)
+        return apply_affine(torch.linalg.inv(moving) @ fixed, at)
+
+    return as_field(mapped_indices(shape, found), moving)
 
 
 def invert_transform(
@@ -388,62 +391,69 @@ def invert_transform(
     return [affine_inverse(before)]
 
 
-def _fixed_point(rest: torch.Tensor, goal: torch.Tensor, iterations: int, tolerance: float) -> torch.Tensor:
-    """Solve `z + rest(z) = goal` for indices `(D, *slab)`, keeping for each the `z` that misses least."""
-    spread = [len(goal), -1] + [1] * (len(goal) - 1)
-    goals = goal.reshape(spread)
-    best, least = goals.clone(), torch.full(goals.shape[1:], torch.inf, dtype=goal.dtype)
-    todo, at = torch.arange(goals.shape[1]), goals
+def _fixed_point(
+    ddf: torch.Tensor, undo: torch.Tensor, start: torch.Tensor, goal: torch.Tensor, iterations: int, tolerance: float
+) -> torch.Tensor:
+    """Solve `z + r(z) = goal` for indices `(D, *block)`, keeping for each the `z` that misses least.
+
+    The rest is `r(z) = undo(z + ddf(z)) - z`, and outside the grid that of its border.
+    """
+    column = [len(goal), -1] + [1] * (len(goal) - 1)
+    end = torch.tensor(ddf.shape[1:], dtype=goal.dtype).reshape(column) - 1
+    found, todo = torch.empty_like(start).flatten(1), torch.arange(start[0].numel())
+    at, best, least = start, start, torch.full_like(start[0], torch.inf)
+    last_step = last_miss = start
     for iteration in range(iterations):
-        miss = at + _sample(rest, at, "linear", "border") - goals[:, todo]
-        size = miss.norm(dim=0)
-        better = (size < least[todo]).flatten()
-        best[:, todo[better]], least[todo[better]] = at[:, better], size[better]
-        going = (size >= tolerance).flatten()
-        if not bool(going.any()):
+        known = at.clamp(torch.zeros_like(end), end)
+        miss = apply_affine(undo, sample(ddf, known).add_(known)).sub_(known).add_(at).sub_(goal)
+        size = miss.square().sum(dim=0)
+        best, least = torch.where(size < least, at, best), torch.minimum(size, least)
+        going = least >= tolerance**2
+        left = int(going.sum())
+        if left == 0:
             break
-        # Full steps overshoot where the field stretches space to more than twice its size: half steps come after them.
-        todo, at = todo[going], (at - (1.0 if iteration < iterations // 4 else 0.5) * miss)[:, going]
-    return best.reshape(goal.shape)
+        step = at - miss
+        if iteration >= iterations // 4:
+            # Full steps overshoot where the field stretches space to more than twice its size: half steps come after.
+            at = step + 0.5 * miss
+        elif iteration > 0:
+            change = miss - last_miss
+            share = (miss * change).sum(dim=0) / change.square().sum(dim=0).clamp(min=torch.finfo(goal.dtype).tiny)
+            at = step - share * (step - last_step)
+        else:
+            at = step
+        last_step, last_miss = step, miss
+        if 2 * left < len(todo):  # what is left is worth cutting out
+            found[:, todo] = best.flatten(1)
+            todo, least = todo[going.flatten()], least[going].reshape(column[1:])
+            state = (at, best, goal, last_step, last_miss)
+            at, best, goal, last_step, last_miss = (part[:, going].reshape(column) for part in state)
+    found[:, todo] = best.flatten(1)
+    return found.reshape(start.shape)
 
 
 def _prepared(transform: Sequence[torch.Tensor], dims: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return each step as its affine and, for a field, its values in float64."""
+    """Return each step as its affine and, for a field, its values."""
     steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for step in transform:
         is_affine = step.dim() == 2 and not isinstance(step, MetaTensor)
         if (step.shape[0] - 1 if is_affine else step.dim() - 1) != dims or not (is_affine or step.shape[0] == dims):
             raise ValueError(f"expected a transform of {dims}D points, got a step of shape {list(step.shape)}.")
-        steps.append((world_matrix(step, dims), None) if is_affine else (field_affine(step), _values(step).double()))
+        steps.append((world_matrix(step, dims), None) if is_affine else (field_affine(step), _values(step)))
     return steps
 
 
 def _move(points: torch.Tensor, steps: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
-    """Take points `(D, *any)`, RAS+ millimeters, through prepared steps."""
-    dims = points.shape[0]
+    """Take points, `(D, *block)` or `(D, N)` that lie anywhere, RAS+ millimeters, through prepared steps."""
+    dims = len(points)
     for affine, ddf in steps:
         if ddf is None:
             points = apply_affine(affine, points)
         else:
-            displacement = _sample(ddf, apply_affine(torch.linalg.inv(affine), points), "linear", "border")
+            index = apply_affine(torch.linalg.inv(affine), points)
+            displacement = sample_scattered(ddf, index) if points.dim() == 2 else sample(ddf, index)
             points = points + torch.einsum("ij,j...->i...", affine[:dims, :dims], displacement)
     return points
-
-
-def _sample(values: torch.Tensor, position: torch.Tensor, mode: str, padding: str) -> torch.Tensor:
-    """Read values `(C, *shape)` at indices `(D, *any shape of D axes)`."""
-    ddf = position - identity_grid(list(position.shape[1:]), position.dtype)[0]
-    return warp(values.unsqueeze(0), ddf.unsqueeze(0), mode=mode, padding=padding)[0]
-
-
-def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Cut a grid across its first axis; yield the rows of each slab and the indices of its voxels, float64."""
-    rows = max(1, _SLAB // max(1, int(np.prod(shape[1:]))))
-    for start in range(0, shape[0], rows):
-        stop = min(start + rows, shape[0])
-        index = identity_grid([stop - start, *shape[1:]], torch.float64)[0]
-        index[0] += start
-        yield slice(start, stop), index
 
 
 def _values(tensor: torch.Tensor) -> torch.Tensor:
