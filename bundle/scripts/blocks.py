@@ -14,7 +14,7 @@ import torch
 
 from .fields import identity_grid, warp
 
-__all__ = ["blocks", "mapped_indices", "sample", "sample_scattered", "spaced_voxels"]
+__all__ = ["blocks", "is_finite", "mapped_indices", "sample", "sample_scattered", "spaced_voxels"]
 
 _VOXELS = 2**15  # of a block
 
@@ -42,6 +42,22 @@ def blocks(shape: Sequence[int]) -> Iterator[tuple[torch.Tensor, tuple[slice, ..
         for along, cut in zip(index, block):
             along.add_(cut.start)
         yield index, (slice(None), *block)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity, without another tensor of its size.
+
+    Args:
+        values: any shape, real numbers.
+
+    Returns:
+        True if all values are finite.
+
+    Example:
+        >>> is_finite(torch.tensor([0.0, torch.inf])), is_finite(torch.ones(2, 3))
+        (False, True)
+    """
+    return values.numel() == 0 or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def mapped_indices(

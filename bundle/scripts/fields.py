@@ -198,13 +198,18 @@ def _derivative(ddf: torch.Tensor, axis: int, scheme: str) -> torch.Tensor:
     size = ddf.shape[axis]
     if size == 1:
         return torch.zeros_like(ddf)
-    steps = ddf.narrow(axis, 1, size - 1) - ddf.narrow(axis, 0, size - 1)
     if scheme == "forward":
-        return steps
-    # The mean of the two one-sided differences is the central one; at the ends only one of them exists.
-    first, last = steps.narrow(axis, 0, 1), steps.narrow(axis, size - 2, 1)
-    middle = 0.5 * (steps.narrow(axis, 1, size - 2) + steps.narrow(axis, 0, size - 2))
+        return ddf.narrow(axis, 1, size - 1) - ddf.narrow(axis, 0, size - 1)
+    # At the ends only one neighbor exists.
+    first = ddf.narrow(axis, 1, 1) - ddf.narrow(axis, 0, 1)
+    middle = (ddf.narrow(axis, 2, size - 2) - ddf.narrow(axis, 0, size - 2)).mul_(0.5)
+    last = ddf.narrow(axis, size - 1, 1) - ddf.narrow(axis, size - 2, 1)
     return torch.cat([first, middle, last], dim=axis)
+
+
+def _cross(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Return `a * b - c * d`."""
+    return (a * b).addcmul_(c, d, value=-1.0)
 
 
 def jacobian_determinant(ddf: torch.Tensor, scheme: str = "central") -> torch.Tensor:
@@ -246,8 +251,8 @@ def jacobian_determinant(ddf: torch.Tensor, scheme: str = "central") -> torch.Te
     a0, a1 = a[:, 0:1] + 1.0, a[:, 1:2]
     b0, b1 = b[:, 0:1], b[:, 1:2] + 1.0
     if dims == 2:
-        return a0 * b1 - a1 * b0
+        return _cross(a0, b1, a1, b0)
     c = columns[2]
     a2, b2 = a[:, 2:3], b[:, 2:3]
     c0, c1, c2 = c[:, 0:1], c[:, 1:2], c[:, 2:3] + 1.0
-    return a0 * (b1 * c2 - b2 * c1) - a1 * (b0 * c2 - b2 * c0) + a2 * (b0 * c1 - b1 * c0)
+    return _cross(a0, _cross(b1, c2, b2, c1), a1, _cross(b0, c2, b2, c0)).addcmul_(a2, _cross(b0, c1, b1, c0))

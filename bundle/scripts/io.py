@@ -8,7 +8,7 @@ the fixed image goes to the point of the moving image it is compared with.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
 
 from .atomic import written_whole
+from .blocks import blocks, is_finite
 from .lists import result_name
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
 
 _INTENT_VECTOR = 1007  # not 1006 ("displacement"): ITK takes that one for RAS and flips x and y
 _SUFFIXES = (".nii.gz", ".nii")
+_LAYERS = 32  # of a ddf that are written at a time
 
 
 def write_displacement_field(
@@ -73,24 +76,23 @@ def write_displacement_field(
         raise ValueError(
             f"write_displacement_field expects a path ending in .nii or .nii.gz in a folder that exists, got '{path}'."
         )
-    voxels = _to_numpy(ddf)
-    dims = voxels.ndim - 1
-    if dims not in (2, 3) or voxels.shape[0] != dims or 0 in voxels.shape or not np.isfinite(voxels).all():
+    voxels = convert_to_tensor(ddf, track_meta=False).detach().cpu()
+    dims, finite = voxels.dim() - 1, is_finite(voxels)
+    if dims not in (2, 3) or voxels.shape[0] != dims or 0 in voxels.shape or not finite:
         raise ValueError(
             "write_displacement_field expects a finite ddf of shape (2, X, Y) or (3, X, Y, Z), "
-            f"got shape {voxels.shape}{'' if np.isfinite(voxels).all() else ' with NaN or infinity'}."
+            f"got shape {tuple(voxels.shape)}{'' if finite else ' with NaN or infinity'}."
         )
     grid = itk_grid_affine(affine, dims)
-    field = np.einsum("ij,j...->...i", _voxel_to_lps(grid, dims), voxels)
-    field = field.reshape(*voxels.shape[1:], *([1] * (4 - dims)), dims).astype(np.float32)  # (X, Y, Z, 1, D)
-    image = nib.Nifti1Image(field, grid)
+    shape = (*voxels.shape[1:], *[1] * (4 - dims), dims)  # (X, Y, Z, 1, D)
+    image = nib.Nifti1Image(np.broadcast_to(np.float32(0), shape), grid)
     # Readers disagree on which of the two orientations counts: write both alike.
     image.set_sform(grid, code=1)
     image.set_qform(grid, code=1)
     image.header.set_intent(_INTENT_VECTOR)
     image.header.set_xyzt_units("mm")
     with written_whole(path, "displacement field") as temporary:
-        nib.save(image, temporary)
+        _write_nifti(image, _components(voxels, _voxel_to_lps(grid, dims)), temporary)
     return path
 
 
@@ -131,10 +133,12 @@ def read_displacement_field(path: str | os.PathLike[str]) -> tuple[torch.Tensor,
             f"read_displacement_field expects shape (X, Y, Z, 1, 3) or (X, Y, 1, 1, 2) and intent {_INTENT_VECTOR}, "
             f"got shape {shape} and intent {intent} in '{path}'."
         )
-    field = np.asarray(image.dataobj, dtype=np.float64).reshape(*shape[:dims], dims)
+    field = np.moveaxis(np.asanyarray(image.dataobj).reshape(*shape[:dims], dims), -1, 0)
     grid = itk_grid_affine(image.affine, dims)
-    ddf = np.einsum("ij,...j->i...", np.linalg.inv(_voxel_to_lps(grid, dims)), field)
-    return torch.from_numpy(ddf.astype(np.float32)), torch.from_numpy(grid)
+    to_voxels, ddf = np.linalg.inv(_voxel_to_lps(grid, dims)), torch.empty(field.shape)
+    for _, where in blocks(field.shape[1:]):
+        ddf[where] = torch.from_numpy(np.einsum("ij,j...->i...", to_voxels, field[where], dtype=np.float64)).float()
+    return ddf, torch.from_numpy(grid)
 
 
 class SaveTransformd(MapTransform):
@@ -219,6 +223,24 @@ class SaveTransformd(MapTransform):
 
 
 SaveTransformD = SaveTransformDict = SaveTransformd
+
+
+def _components(ddf: torch.Tensor, to_lps: np.ndarray) -> Iterator[bytes]:
+    """Yield what a NIfTI file holds of a ddf `(D, *shape)`: component by component, the first array axis fastest."""
+    for row in to_lps:
+        for part in ddf.split(_LAYERS, dim=-1):
+            millimeters = np.tensordot(row, part.double().numpy(), axes=1)
+            yield np.ascontiguousarray(millimeters.T, dtype=np.float32).tobytes()
+
+
+def _write_nifti(image: nib.Nifti1Image, values: Iterable[bytes], path: Path) -> None:
+    """Write the header of an image, and for its float32 values these: nibabel would want all of them in memory."""
+    image.update_header()
+    image.header.set_slope_inter(1.0, 0.0)
+    with nib.openers.ImageOpener(str(path), "wb") as stream:
+        image.header.write_to(stream)
+        for part in values:
+            stream.write(part)
 
 
 def _to_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ Each measure is a function that returns one value per sample, and a thin MONAI m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Callable
 
 import torch
@@ -29,9 +30,22 @@ __all__ = [
 ]
 
 
+_PLANES, _VOXELS = 8, 2**17  # at least so many planes at a time, and about so many voxels
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a plain tensor in float32, or float64 where it was."""
     return full_precision(convert_to_tensor(tensor, track_meta=False))
+
+
+def _determinants(ddf: torch.Tensor, scheme: str) -> Iterator[torch.Tensor]:
+    """Yield the determinants of the Jacobian, `(B, n)` at a time, so that no more of them are in memory."""
+    planes = max(_PLANES, _VOXELS // max(1, ddf[0, 0, :1].numel()))
+    before = int(scheme == "central")  # planes that only serve as neighbors
+    for start in range(0, max(ddf.shape[2] - 1 + before, 1), planes):
+        first = max(start - before, 0)
+        determinant = jacobian_determinant(ddf[:, :, first : start + planes + 1], scheme)
+        yield determinant[:, :, start - first : start - first + planes].flatten(1)
 
 
 def folding_fraction(ddf: torch.Tensor) -> torch.Tensor:
@@ -55,8 +69,12 @@ def folding_fraction(ddf: torch.Tensor) -> torch.Tensor:
         >>> folding_fraction(-2.0 * identity_grid([4, 4, 4]))  # mirrors every axis
         tensor([1.])
     """
-    determinant = jacobian_determinant(_plain(ddf), scheme="forward")
-    return (~(determinant > 0)).to(determinant.dtype).flatten(1).mean(dim=1)
+    ddf = _plain(ddf)
+    folded, cells = torch.zeros(len(ddf), dtype=ddf.dtype, device=ddf.device), 0
+    for determinant in _determinants(ddf, "forward"):
+        folded += (~(determinant > 0)).sum(dim=1)
+        cells += determinant.shape[1]
+    return folded / cells
 
 
 def sd_log_jacobian(ddf: torch.Tensor) -> torch.Tensor:
@@ -65,6 +83,9 @@ def sd_log_jacobian(ddf: torch.Tensor) -> torch.Tensor:
     The Jacobian is taken at the voxels by central differences. Voxels whose determinant is not positive have no
     logarithm and are left out: `folding_fraction` counts folds. The standard deviation is that of the population
     (divided by the number of voxels).
+
+    Reference: Chan et al., "Algorithms for computing the sample variance", The American Statistician 37(3), 1983,
+    https://doi.org/10.1080/00031305.1983.10483115, for joining the moments of parts.
 
     Args:
         ddf: `(B, D, *spatial)`, voxels, D from 1 to 3.
@@ -79,12 +100,18 @@ def sd_log_jacobian(ddf: torch.Tensor) -> torch.Tensor:
         >>> sd_log_jacobian(torch.zeros(1, 2, 4, 4))
         tensor([0.])
     """
-    determinant = jacobian_determinant(_plain(ddf), scheme="central").flatten(1)
-    valid = determinant > 0
-    count = valid.sum(dim=1, keepdim=True)
-    log = torch.where(valid, determinant, 1.0).log()  # log(1) = 0: the voxels left out add nothing to the mean
-    deviation = torch.where(valid, log - log.sum(dim=1, keepdim=True) / count, 0.0)
-    return (deviation.square().sum(dim=1) / count[:, 0]).sqrt()
+    ddf = _plain(ddf)
+    count, mean, squares = torch.zeros(3, len(ddf), 1, dtype=torch.float64, device=ddf.device)
+    for determinant in _determinants(ddf, "central"):
+        valid = determinant > 0
+        more = valid.sum(dim=1, keepdim=True)
+        log = torch.where(valid, determinant, 1.0).log()  # log(1) = 0: the voxels left out add nothing to the mean
+        change = log.sum(dim=1, keepdim=True, dtype=torch.float64) / more.clamp(min=1) - mean
+        deviation = torch.where(valid, log - (mean + change), 0.0)
+        share = more / (count + more).clamp(min=1)
+        squares += deviation.square().sum(dim=1, keepdim=True) + change.square() * count * share
+        mean, count = mean + change * share, count + more
+    return (squares / count)[:, 0].sqrt().to(ddf.dtype)
 
 
 def target_registration_error(points_a_mm: torch.Tensor, points_b_mm: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.networks.layers import GaussianFilter
+from monai.networks.layers import gaussian_1d
 from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
@@ -38,6 +38,7 @@ __all__ = ["PreparePaird", "RestorePaird", "network_axes", "network_image", "res
 _SAME_SPACING = 0.01  # relative difference below which a grid is taken as it is
 _CONTENT_SHARE = 0.1  # of a resampled voxel that makes it content: thin vessels stay, smoothing does not spread out
 _LARGEST = 2**25  # voxels of a network's image: more take hours and all memory
+_BAND = 32  # rows of a banded matrix that are multiplied at a time
 
 
 def network_axes(
@@ -113,7 +114,7 @@ def network_image(
     inside = (values != background).any(dim=0, keepdim=True) if content is None else _plain(content).bool()
     if not bool(inside.any()):
         raise ValueError(f"there is nothing to register in {_name(image)}: all of it is background ({background:g}).")
-    box = tuple(slice(int(hits.min()), int(hits.max()) + 1) for hits in inside[0].nonzero().T)
+    box = _box(inside[0])
     corner = torch.tensor([part.start for part in box], dtype=torch.float64)
     affine = field_affine(image)
     affine[:dims, dims] += affine[:dims, :dims] @ corner
@@ -137,13 +138,46 @@ def _resampled(image: MetaTensor, inside: torch.Tensor, axes_affine: torch.Tenso
     sigmas = (coarser**2 - 1).clamp(min=0).sqrt() / (2 * math.sqrt(2 * math.log(2)))
     both = torch.cat([_plain(image), inside])
     if bool((sigmas > 0).any()):
-        both = GaussianFilter(dims, sigmas.float().clamp(min=1e-3).tolist())(both.unsqueeze(0))[0]
+        both = _smoothed(both, sigmas.tolist())
     sampled = resample(MetaTensor(both, affine=image.affine), affine, shape)
     values, share = _plain(sampled[:-1]), _plain(sampled[-1:])
     values = torch.where(share >= _CONTENT_SHARE, values.clamp(DARKEST, 1.0), 0.0)
     if not bool(values.any()):
         raise ValueError(f"nothing is left of {_name(image)} at the network's spacing: it should be smaller.")
     return _placed(values, affine, image)
+
+
+def _box(inside: torch.Tensor) -> tuple[slice, ...]:
+    """Return the smallest box that holds all that is true in `(*shape)`."""
+    box = []
+    for axis in range(inside.dim()):
+        found = inside.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+        box.append(slice(int(found[0]), int(found[-1]) + 1))
+    return tuple(box)
+
+
+def _smoothed(maps: torch.Tensor, sigmas: Sequence[float]) -> torch.Tensor:
+    """Smooth `(C, *shape)` by Gaussians of so many voxels, with zeros outside.
+
+    It is what MONAI's `GaussianFilter` does. Products with pieces of banded matrices are ten times as fast as its
+    convolutions.
+    """
+    for axis, sigma in enumerate(sigmas, start=1):
+        if sigma <= 0:
+            continue
+        kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0)
+        reach, size, rest = len(kernel) // 2, maps.shape[axis], maps.shape[axis + 1 :].numel()
+        smooth = torch.empty_like(maps, memory_format=torch.contiguous_format)
+        # The last axis becomes one large matrix in place of many vectors.
+        rows, result = (m.reshape(-1, size, rest) if rest > 1 else m.reshape(1, -1, size).mT for m in (maps, smooth))
+        for start in range(0, size, _BAND):
+            stop = min(start + _BAND, size)
+            low, high = max(start - reach, 0), min(stop + reach, size)
+            lag = torch.arange(low, high) - torch.arange(start, stop)[:, None] + reach
+            band = torch.where((lag >= 0) & (lag <= 2 * reach), kernel[lag.clamp(0, 2 * reach)], 0.0)
+            result[:, start:stop] = band.to(maps) @ rows[:, low:high]
+        maps = smooth
+    return maps
 
 
 def _of_size(image: MetaTensor, shape: Sequence[int]) -> MetaTensor:

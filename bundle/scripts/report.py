@@ -17,6 +17,7 @@ from monai.utils import TransformBackends
 from torch import nn
 
 from . import __version__
+from .blocks import blocks
 from .evaluation import jsonable, landmark_error, overlap, regularity, round_trip
 from .fields import compose
 from .losses import LocalCorrelationLoss
@@ -141,14 +142,11 @@ def measure(
         the content of the fixed image; and "overlap" and "landmarks" where the pair has both labels and both landmarks.
     """
     fixed = pair["fixed"]
-    dims = fixed.dim() - 1
     content = pair["fixed_mask"].as_tensor().bool() if "fixed_mask" in pair else fixed.as_tensor() != background
-    steps = field_affine(fixed)[:dims, :dims].float()
-    length = torch.einsum("ij,jn->in", steps, fixed_to_moving.as_tensor()[:, content[0]]).norm(dim=0)
     measured: dict[str, Any] = {
         **regularity(fixed_to_moving),
         **round_trip(fixed_to_moving, moving_to_fixed, content),
-        "displacement_mm": {"mean": length.mean().item(), "max": length.max().item()},
+        "displacement_mm": _lengths(fixed_to_moving, content),
         "best_affine": best_affine(fixed_to_moving, content).tolist(),
     }
     if moved_label is not None and "fixed_label" in pair:
@@ -248,6 +246,19 @@ class ReportPaird(Transform):
         }
         report["warnings"] += doubts_about_fit(report, {})
         return {**data, self.output_key: jsonable(report)}
+
+
+def _lengths(field: MetaTensor, content: torch.Tensor) -> dict[str, float]:
+    """Return mean and maximum of the displacements of the voxels of a mask `(1, *shape)`, millimeters."""
+    dims = field.dim() - 1
+    steps, ddf = field_affine(field)[:dims, :dims].float(), field.as_tensor()
+    total, count, longest = 0.0, 0, 0.0
+    for _, where in blocks(field.shape[1:]):
+        length = torch.einsum("ij,jn->in", steps, ddf[where][:, content[where][0]]).square().sum(dim=0).sqrt()
+        if len(length):
+            total, count = total + length.sum().item(), count + len(length)
+            longest = max(longest, length.max().item())
+    return {"mean": total / count, "max": longest}
 
 
 def _image(image: MetaTensor) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 
 from .atomic import written_whole
+from .blocks import blocks, is_finite
 from .io import itk_grid_affine, read_displacement_field, write_displacement_field
 from .spaces import world_matrix
 from .world import as_field, field_affine
@@ -225,7 +226,7 @@ def _field(itk: Any, image: Any, path: Path) -> MetaTensor:
     if image is None:
         raise ValueError(f"the displacement field '{path}' has no values; the file may end early.")
     dims = image.GetImageDimension()
-    values = itk.array_from_image(image)
+    values = itk.array_view_from_image(image)
     if values.ndim != dims + 1 or values.shape[-1] != dims or dims not in (2, 3):
         raise ValueError(
             f"'{path}' should hold D components at each voxel of a grid of D = 2 or 3 axes, got "
@@ -238,8 +239,10 @@ def _field(itk: Any, image: Any, path: Path) -> MetaTensor:
     grid[:dims, :dims] = direction * np.array(list(image.GetSpacing()))
     grid[:dims, dims] = list(image.GetOrigin())
     to_voxels = np.linalg.inv(grid[:dims, :dims])  # both sides in LPS+
-    ddf = np.einsum("ij,...j->i...", to_voxels, values.transpose([*range(dims - 1, -1, -1), dims]).astype(np.float64))
-    return as_field(torch.from_numpy(ddf), _flip(dims) @ grid)
+    ddf = torch.empty(values.T.shape)
+    for _, where in blocks(ddf.shape[1:]):
+        ddf[where] = torch.from_numpy(np.einsum("ij,j...->i...", to_voxels, values.T[where], dtype=np.float64)).float()
+    return as_field(ddf, _flip(dims) @ grid)
 
 
 def _to_itk(itk: Any, step: torch.Tensor) -> Any:
@@ -255,8 +258,8 @@ def _to_itk(itk: Any, step: torch.Tensor) -> Any:
         affine.SetTranslation(matrix[:dims, dims].tolist())
         return affine
     dims = step.dim() - 1
-    values = convert_to_tensor(step, track_meta=False).detach().cpu().double()
-    if step.shape[0] != dims or not bool(torch.isfinite(values).all()):
+    values = convert_to_tensor(step, track_meta=False).detach().cpu()
+    if step.shape[0] != dims or not is_finite(values):
         raise ValueError(f"expected a finite displacement field (D, *shape) with D = 2 or 3, got {list(step.shape)}.")
     itk_grid_affine(step.affine, dims)
     grid = _flip(dims) @ field_affine(step).numpy()
@@ -267,8 +270,9 @@ def _to_itk(itk: Any, step: torch.Tensor) -> Any:
     image.SetOrigin(grid[:dims, dims].tolist())
     image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(grid[:dims, :dims] / spacing)))
     image.Allocate()
-    millimeters = np.einsum("ij,j...->...i", grid[:dims, :dims], values.numpy())
-    itk.array_view_from_image(image)[...] = millimeters.transpose([*range(dims - 1, -1, -1), dims])
+    millimeters = itk.array_view_from_image(image).T  # (D, *shape)
+    for _, where in blocks(step.shape[1:]):
+        millimeters[where] = np.einsum("ij,j...->i...", grid[:dims, :dims], values[where].double().numpy())
     field = itk.DisplacementFieldTransform[itk.D, dims].New()
     field.SetDisplacementField(image)
     return field

@@ -5,6 +5,7 @@ Items carry no batch axis: images are `(C, *shape)`. A `MetaTensor` keeps its me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from monai.data import MetaTensor, get_track_meta
 from monai.transforms import MapTransform, SpatialResample, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 
+from .blocks import blocks, is_finite
 from .fields import warp
 from .lists import result_name
 from .spaces import covering_grid, origin_offset, same_axes
@@ -91,43 +93,47 @@ class NormalizeContent(Transform):
         Returns:
             float32, of the shape of `img`.
         """
-        values = _plain(img).to(torch.float64)
-        if not bool(torch.isfinite(values).all()):
+        values = _plain(img)
+        values = values if values.dtype == torch.float32 else values.to(torch.float64)
+        if not is_finite(values):
             raise ValueError(f"NormalizeContent expects finite values, got NaN or infinity in {self._describe(img)}.")
-        content = (values != self.background).any(dim=0) if content is None else content.reshape(values.shape[1:])
+        content = values != self.background if content is None else content.reshape(1, *values.shape[1:])
+        content = content.any(dim=0, keepdim=True)
         if not bool(content.any()):
             raise ValueError(
                 f"NormalizeContent expects content, got nothing but background {self.background} "
                 f"in {self._describe(img)}."
             )
-        result = torch.zeros(values.shape, dtype=torch.float32, device=values.device)
-        for channel, target in zip(values, result):
-            target[content] = self._scale(channel[content], img).float()
+        result = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+        parts = [where for _, where in blocks(values.shape[1:])]
+        for channel, target in zip(values.split(1), result.split(1)):
+            low, high, unit = self._limits(torch.cat([channel[where][content[where]] for where in parts]), img)
+            for where in parts:
+                scaled = (channel[where].to(torch.float64) / unit - low) / (high - low)
+                target[where] = torch.where(content[where], scaled.clamp(DARKEST, 1.0), 0.0).float()
         return _with_meta(result, img)
 
-    def _scale(self, content: torch.Tensor, img: NdarrayOrTensor) -> torch.Tensor:
-        """Map the content values `(N,)` of one channel, float64."""
+    def _limits(self, content: torch.Tensor, img: NdarrayOrTensor) -> tuple[float, float, float]:
+        """Return what becomes 0 and what becomes 1 of content values `(N,)`, a copy, and the unit of both."""
+        ordered = content.numpy(force=True)
+        ranks = [percent / 100 * (len(ordered) - 1) for percent in (self.lower, 0, self.upper, 100)]
+        around = [(int(rank), min(int(rank) + 1, len(ordered) - 1)) for rank in ranks]
+        ordered.partition(sorted({rank for pair in around for rank in pair}))  # puts these where sorting would
         # Dividing first keeps the differences of huge values finite.
-        content = content / content.abs().max().clamp(min=torch.finfo(content.dtype).tiny)
-        ordered = content.sort().values
-        low, high = self._percentile(ordered, self.lower), self._percentile(ordered, self.upper)
+        unit = max(abs(float(ordered[0])), abs(float(ordered[-1])), torch.finfo(torch.float64).tiny)
+        known = [[float(ordered[rank]) / unit for rank in pair] for pair in around]
+        low, least, high, most = (
+            below + (rank - int(rank)) * (above - below) for rank, (below, above) in zip(ranks, known)
+        )
         if not high > low:
-            low, high = ordered[0], ordered[-1]
+            low, high = least, most
         if not high > low:
-            if len(content) == img[0].numel():
+            if len(ordered) == math.prod(img.shape[1:]):
                 raise ValueError(
                     f"NormalizeContent expects an image that varies, got a constant one in {self._describe(img)}."
                 )
-            return torch.ones_like(content)
-        return ((content - low) / (high - low)).clamp(DARKEST, 1.0)
-
-    @staticmethod
-    def _percentile(ordered: torch.Tensor, percent: float) -> torch.Tensor:
-        """Return a percentile of sorted values; `torch.quantile` refuses more than 16 million of them."""
-        rank = percent / 100 * (len(ordered) - 1)
-        below = int(rank)
-        above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (rank - below) * (ordered[above] - ordered[below])
+            low = high - 1.0  # content of a single value becomes 1
+        return low, high, unit
 
     @staticmethod
     def _describe(img: NdarrayOrTensor) -> str:
