@@ -1,35 +1,46 @@
 """Large grids, worked on block by block.
 
 All positions are float64. Of what is sampled only the part that a block reads is converted to float64: memory stays
-that of the result, and what is temporary stays in the processor's cache.
+that of the result, and what is temporary stays in the processor's cache. Threads take blocks, not parts of operations:
+they wait for each other once at the end, and a busy machine slows them down no more than its share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
 
 from .fields import identity_grid, warp
 
-__all__ = ["blocks", "is_finite", "mapped_indices", "sample", "sample_scattered", "spaced_voxels"]
+__all__ = [
+    "block_indices",
+    "blocks",
+    "for_blocks",
+    "is_finite",
+    "mapped_indices",
+    "sample",
+    "sample_scattered",
+    "spaced_voxels",
+]
 
 _VOXELS = 2**15  # of a block
 
 
-def blocks(shape: Sequence[int]) -> Iterator[tuple[torch.Tensor, tuple[slice, ...]]]:
+def blocks(shape: Sequence[int]) -> list[tuple[slice, ...]]:
     """Cut a grid into blocks about as long as wide.
 
     Args:
         shape: voxels along each of the D axes of the grid.
 
-    Yields:
-        The indices of a block's voxels, `(D, *block shape)`, float64, and where the block is in a tensor `(C, *shape)`.
+    Returns:
+        Where each block is in a tensor `(C, *shape)`.
 
     Example:
-        >>> [where for index, where in blocks((40, 40, 1))]
+        >>> blocks((40, 40, 1))
         [(slice(None, None, None), slice(0, 40, None), slice(0, 40, None), slice(0, 1, None))]
     """
     edges, room = list(shape), float(_VOXELS)
@@ -37,11 +48,44 @@ def blocks(shape: Sequence[int]) -> Iterator[tuple[torch.Tensor, tuple[slice, ..
         edges[axis] = max(1, min(shape[axis], round(room ** (1 / axes_left))))
         room /= edges[axis]
     cuts = [[slice(at, min(at + edge, n)) for at in range(0, n, edge)] for n, edge in zip(shape, edges)]
-    for block in product(*cuts):
-        index = identity_grid([cut.stop - cut.start for cut in block], torch.float64)[0]
-        for along, cut in zip(index, block):
-            along.add_(cut.start)
-        yield index, (slice(None), *block)
+    return [(slice(None), *block) for block in product(*cuts)]
+
+
+def block_indices(where: tuple[slice, ...]) -> torch.Tensor:
+    """Return the indices of the voxels of a block.
+
+    Args:
+        where: one of `blocks`.
+
+    Returns:
+        `(D, *block shape)`, float64.
+
+    Example:
+        >>> block_indices((slice(None), slice(2, 4), slice(0, 1)))[0].tolist()
+        [[2.0], [3.0]]
+    """
+    index = identity_grid([cut.stop - cut.start for cut in where[1:]], torch.float64)[0]
+    for along, cut in zip(index, where[1:]):
+        along.add_(cut.start)
+    return index
+
+
+def for_blocks(shape: Sequence[int], work: Callable[[tuple[slice, ...]], None]) -> None:
+    """Do work on every block of a grid, on as many threads as torch has.
+
+    Args:
+        shape: voxels along each of the D axes of the grid.
+        work: takes one of `blocks`, in any order; what it writes belongs to that block alone.
+    """
+    todo, threads = blocks(shape), torch.get_num_threads()
+    if threads == 1 or len(todo) == 1:
+        for where in todo:
+            work(where)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(work, todo):
+            pass
+    torch.set_num_threads(threads)  # that of a worker would become that of threads to come
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -67,7 +111,8 @@ def mapped_indices(
 
     Args:
         shape: voxels along each of the D axes of the grid.
-        mapped: takes what `blocks` yields; returns where the indices go, `(D, *block shape)`, float64.
+        mapped: takes the indices of a block, see `block_indices`, and one of `blocks`; returns where the indices go,
+            `(D, *block shape)`, float64.
 
     Returns:
         `(D, *shape)`, float32, voxels.
@@ -77,8 +122,12 @@ def mapped_indices(
         [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
     """
     ddf = torch.empty([len(shape), *shape], dtype=torch.float32)
-    for index, where in blocks(shape):
-        ddf[where] = (mapped(index, where) - index).float()
+
+    def work(where: tuple[slice, ...]) -> None:
+        index = block_indices(where)
+        ddf[where] = mapped(index, where) - index
+
+    for_blocks(shape, work)
     return ddf
 
 
@@ -109,11 +158,9 @@ def sample(
     last = high.floor().add(1).nan_to_num(torch.inf).clamp(min=0).minimum(end)
     read = tuple(slice(int(start), int(stop) + 1) for start, stop in zip(first, last))
     crop = values[(slice(None),) + read].to(torch.float64, copy=True).sub_(outside)
-    # torch samples an image on one thread: as a batch, the layers of the block are shared out to all threads.
-    layer = identity_grid([1, *position.shape[2:]], position.dtype)[0]
-    ddf = position - layer.add_(first.reshape([-1] + [1] * (position.dim() - 1)))
-    layers = warp(crop.expand(ddf.shape[1], *crop.shape), ddf.transpose(0, 1).unsqueeze(2), mode, padding)
-    return layers.squeeze(2).transpose(0, 1).add_(outside)
+    local = identity_grid(list(position.shape[1:]), position.dtype)[0]
+    ddf = position - local.add_(first.reshape([-1] + [1] * (position.dim() - 1)))
+    return warp(crop.unsqueeze(0), ddf.unsqueeze(0), mode, padding)[0].add_(outside)
 
 
 def sample_scattered(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

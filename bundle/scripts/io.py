@@ -136,7 +136,7 @@ def read_displacement_field(path: str | os.PathLike[str]) -> tuple[torch.Tensor,
     field = np.moveaxis(np.asanyarray(image.dataobj).reshape(*shape[:dims], dims), -1, 0)
     grid = itk_grid_affine(image.affine, dims)
     to_voxels, ddf = np.linalg.inv(_voxel_to_lps(grid, dims)), torch.empty(field.shape)
-    for _, where in blocks(field.shape[1:]):
+    for where in blocks(field.shape[1:]):
         ddf[where] = torch.from_numpy(np.einsum("ij,j...->i...", to_voxels, field[where], dtype=np.float64)).float()
     return ddf, torch.from_numpy(grid)
 

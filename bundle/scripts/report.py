@@ -253,7 +253,7 @@ def _lengths(field: MetaTensor, content: torch.Tensor) -> dict[str, float]:
     dims = field.dim() - 1
     steps, ddf = field_affine(field)[:dims, :dims].float(), field.as_tensor()
     total, count, longest = 0.0, 0, 0.0
-    for _, where in blocks(field.shape[1:]):
+    for where in blocks(field.shape[1:]):
         length = torch.einsum("ij,jn->in", steps, ddf[where][:, content[where][0]]).square().sum(dim=0).sqrt()
         if len(length):
             total, count = total + length.sum().item(), count + len(length)

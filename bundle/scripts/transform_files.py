@@ -240,7 +240,7 @@ def _field(itk: Any, image: Any, path: Path) -> MetaTensor:
     grid[:dims, dims] = list(image.GetOrigin())
     to_voxels = np.linalg.inv(grid[:dims, :dims])  # both sides in LPS+
     ddf = torch.empty(values.T.shape)
-    for _, where in blocks(ddf.shape[1:]):
+    for where in blocks(ddf.shape[1:]):
         ddf[where] = torch.from_numpy(np.einsum("ij,j...->i...", to_voxels, values.T[where], dtype=np.float64)).float()
     return as_field(ddf, _flip(dims) @ grid)
 
@@ -271,7 +271,7 @@ def _to_itk(itk: Any, step: torch.Tensor) -> Any:
     image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(grid[:dims, :dims] / spacing)))
     image.Allocate()
     millimeters = itk.array_view_from_image(image).T  # (D, *shape)
-    for _, where in blocks(step.shape[1:]):
+    for where in blocks(step.shape[1:]):
         millimeters[where] = np.einsum("ij,j...->i...", grid[:dims, :dims], values[where].double().numpy())
     field = itk.DisplacementFieldTransform[itk.D, dims].New()
     field.SetDisplacementField(image)

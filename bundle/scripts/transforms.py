@@ -105,7 +105,7 @@ class NormalizeContent(Transform):
                 f"in {self._describe(img)}."
             )
         result = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-        parts = [where for _, where in blocks(values.shape[1:])]
+        parts = blocks(values.shape[1:])
         for channel, target in zip(values.split(1), result.split(1)):
             low, high, unit = self._limits(torch.cat([channel[where][content[where]] for where in parts]), img)
             for where in parts:

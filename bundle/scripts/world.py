@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from .blocks import blocks, mapped_indices, sample, sample_scattered, spaced_voxels
+from .blocks import block_indices, for_blocks, mapped_indices, sample, sample_scattered, spaced_voxels
 from .spaces import apply_affine, four_by_four, world_matrix
 
 __all__ = [
@@ -165,9 +165,12 @@ def warp_image(image: torch.Tensor, field: torch.Tensor, mode: str = "linear", b
         raise ValueError(f"warp_image expects a floating point image for mode 'linear', got {image.dtype}.")
     ddf, values = _values(field), _values(image)
     moved = torch.empty([values.shape[0], *field.shape[1:]], dtype=image.dtype)
-    for index, block in blocks(field.shape[1:]):
-        position = apply_affine(to_image, index + ddf[block])
-        moved[block] = sample(values, position, mode, "zeros", background).to(image.dtype)
+
+    def work(where: tuple[slice, ...]) -> None:
+        position = apply_affine(to_image, block_indices(where) + ddf[where])
+        moved[where] = sample(values, position, mode, "zeros", background).to(image.dtype)
+
+    for_blocks(field.shape[1:], work)
     return MetaTensor(moved, affine=four_by_four(field_affine(field)))
 
 
@@ -277,7 +280,7 @@ def index_displacement(field: torch.Tensor, image: torch.Tensor) -> torch.Tensor
         [1.0, 3.0]
     """
     to_image, ddf = torch.linalg.inv(field_affine(image)) @ field_affine(field), _values(field)
-    return mapped_indices(field.shape[1:], lambda index, block: apply_affine(to_image, index + ddf[block]))
+    return mapped_indices(field.shape[1:], lambda index, where: apply_affine(to_image, index + ddf[where]))
 
 
 def affine_inverse(affine: torch.Tensor) -> torch.Tensor:
