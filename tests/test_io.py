@@ -134,6 +134,18 @@ def test_any_real_type_is_written(dtype: torch.dtype, tmp_path: Path) -> None:
     assert again.unique().tolist() == [2.0]
 
 
+@pytest.mark.parametrize("name", ["oblique", "2D oblique, anisotropic"])
+def test_the_file_is_the_one_nibabel_would_write(name: str, tmp_path: Path) -> None:
+    dims = grid_dims(name)
+    ddf = 5 * torch.randn(dims, *SHAPES[dims][:-1], 67, generator=torch.Generator().manual_seed(0))
+    ours = nib.load(write_displacement_field(ddf, GRIDS[name], tmp_path / "ours.nii"))
+    steps = np.diag([-1.0, -1.0, 1.0])[:dims, :dims] @ GRIDS[name][:dims, :dims]
+    field = np.einsum("ij,j...->...i", steps, ddf.double().numpy()).reshape(ours.shape).astype(np.float32)
+    theirs = nib.Nifti1Image(field, ours.affine, ours.header)
+    nib.save(theirs, tmp_path / "theirs.nii")
+    assert (tmp_path / "ours.nii").read_bytes() == (tmp_path / "theirs.nii").read_bytes()
+
+
 def test_microscopic_voxels_keep_their_grid(tmp_path: Path) -> None:
     affine = make_affine(OBLIQUE, (1e-4, 2e-4, 3e-4), (0, 0, 0))
     ddf = torch.randn(3, 4, 5, 6)

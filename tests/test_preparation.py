@@ -10,9 +10,10 @@ import torch
 from helpers_bundle import blob
 from helpers_grids import centered, grid, image
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.networks.layers import GaussianFilter
 from test_world import random_affine
 
-from equireg.preparation import PreparePaird, RestorePaird, network_axes, network_image, restored_field
+from equireg.preparation import PreparePaird, RestorePaird, _smoothed, network_axes, network_image, restored_field
 from equireg.world import affine_inverse, field_affine, sample_transform
 
 SHAPES = {2: ((23, 31), (29, 19)), 3: ((17, 23, 14), (21, 15, 19))}
@@ -123,6 +124,15 @@ def test_resampling_keeps_places_and_values() -> None:
     center = (seen_world * weight).sum(axis=1) / weight.sum()
     assert np.abs(center - [3.5, -2.5, 4.5]).max() < 0.05
     assert seen.max() > 0.9 and torch.allclose(seen.affine[:3, :3], 2.0 * torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(70, 5), (1, 33), (9, 67, 34), (40, 3, 1)])
+def test_smoothing_is_that_of_monai(shape: tuple[int, ...]) -> None:
+    maps = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    sigmas = [2.3, 0.7, 1.1][: len(shape)]
+    expected = GaussianFilter(len(shape), sigmas)(maps[None])[0]
+    torch.testing.assert_close(_smoothed(maps, sigmas), expected, rtol=0, atol=1e-6)
+    assert torch.equal(_smoothed(maps, [0.0] * len(shape)), maps)
 
 
 def test_coarser_voxels_average_what_they_cover() -> None:

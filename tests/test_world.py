@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import SimpleITK as sitk
 import torch
 from helpers_grids import centered, field, grid, image, lps, smooth, to_itk
 from monai.data import MetaTensor
+from scipy.ndimage import map_coordinates
 
 from equireg import blocks
 from equireg.fields import warp
@@ -115,6 +118,56 @@ def test_the_inverse_brings_points_back(dims: int, seed: int) -> None:
     miss = (map_points(start, [there]) - points)[inside].norm(dim=1)
     assert inside.sum() > 50 and (start - points).norm(dim=1).mean() > 2
     assert miss.max() < 0.01
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_far_from_the_origin_of_the_world_positions_stay_exact(dims: int) -> None:
+    """Meters away, on oblique, anisotropic grids, within 1e-4 mm of an evaluation on the whole grid by scipy."""
+    shape, far = SHAPES[dims][1], [4321.0, -7654.0, 2987.0][:dims]
+    there = field(shape, centered(grid(dims, 3, spacing=[0.7, 1.3, 3.1][:dims]), shape, far), strength=3.0)
+    moving = centered(grid(dims, 8, spacing=[1.9, 0.6, 0.9][:dims]), SHAPES[dims][0], far)
+    chain = sample_transform([there], moving, SHAPES[dims][0])
+    at = np.indices(SHAPES[dims][0]).reshape(dims, -1)
+    to_fixed = np.linalg.inv(field_affine(there).numpy()) @ field_affine(chain).numpy()
+    index = to_fixed[:dims, :dims] @ at + to_fixed[:dims, dims:]
+    moved = [map_coordinates(part.numpy().astype(np.float64), index, order=1, mode="nearest") for part in there]
+    expected = field_affine(there).numpy()[:dims, :dims] @ np.stack(moved)
+    found = field_affine(chain).numpy()[:dims, :dims] @ chain.as_tensor().double().flatten(1).numpy()
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.abs(expected).max() > 2.0
+
+
+MEMORY = """
+import resource, sys
+import torch
+from equireg.io import write_displacement_field
+from equireg.evaluation import regularity
+from equireg.world import as_field, best_affine, invert_field, warp_image
+
+def run(shape):
+    steps = torch.linspace(0, 6, shape[1])[:, None].sin().expand(shape[0], shape[1], shape[2])
+    there = as_field(torch.stack([2 * steps, steps, -steps]), torch.eye(4))
+    affine = torch.diag(torch.tensor([1.1, 1.0, 0.9, 1.0]))
+    back = invert_field(there, affine, shape)
+    warp_image(back, there)
+    regularity(there), best_affine(there, torch.ones(shape))
+    write_displacement_field(back, affine, sys.argv[1])
+
+torch.set_num_threads(2)
+run((40, 40, 40))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run((128, 112, 96))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (3 * 4 * 128 * 112 * 96))
+"""
+
+
+def test_memory_is_that_of_the_results(tmp_path: Path) -> None:
+    """Field, inverse and what is warped are three of the fields in which memory is counted here."""
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "back.nii")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 6.0
 
 
 @pytest.mark.parametrize("angle", [45.0, 90.0, 170.0])
