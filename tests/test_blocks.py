@@ -48,6 +48,17 @@ def test_a_sample_is_that_of_the_whole_image(shape: tuple[int, ...], mode: str, 
             torch.testing.assert_close(scattered, expected.flatten(1), rtol=0, atol=1e-12)
 
 
+def test_stray_points_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, position = random(2, 30, 31, 32), 3 * random(3, 5, 6, 7, seed=1)
+    position[:, 2, 3, 4] = 28.0
+    expected = sample(image, position, padding="zeros")
+    read = []
+    monkeypatch.setattr(blocks, "_READ", 500)
+    monkeypatch.setattr(blocks, "warp", lambda crop, *rest: (read.append(crop[0, 0].numel()), warp(crop, *rest))[1])
+    torch.testing.assert_close(sample(image, position, padding="zeros"), expected, rtol=0, atol=1e-12)
+    assert max(read) <= 500 and len(read) < 20
+
+
 def test_outside_is_the_background() -> None:
     image, position = torch.full((1, 2, 2), 5.0), torch.tensor([[[0.0, -0.5, -3.0]], [[0.0, 0.0, 0.0]]]).double()
     assert sample(image, position, padding="zeros", outside=-1.0).tolist() == [[[5.0, 2.0, -1.0]]]

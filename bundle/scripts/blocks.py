@@ -1,20 +1,19 @@
 """Large grids, worked on block by block.
 
 All positions are float64. Of what is sampled only the part that a block reads is converted to float64: memory stays
-that of the result, and what is temporary stays in the processor's cache. Threads take blocks, not parts of operations:
-they wait for each other once at the end, and a busy machine slows them down no more than its share.
+that of the result, and what is temporary stays in the processor's cache. Threads take blocks, not parts of operations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import torch
 
 from .fields import identity_grid, warp
+from .threads import in_threads
 
 __all__ = [
     "block_indices",
@@ -28,6 +27,7 @@ __all__ = [
 ]
 
 _VOXELS = 2**15  # of a block
+_READ = 2**20  # voxels that are converted for a block: one that needs more, such as for a stray point, is split
 
 
 def blocks(shape: Sequence[int]) -> list[tuple[slice, ...]]:
@@ -77,15 +77,8 @@ def for_blocks(shape: Sequence[int], work: Callable[[tuple[slice, ...]], None]) 
         shape: voxels along each of the D axes of the grid.
         work: takes one of `blocks`, in any order; what it writes belongs to that block alone.
     """
-    todo, threads = blocks(shape), torch.get_num_threads()
-    if threads == 1 or len(todo) == 1:
-        for where in todo:
-            work(where)
-        return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for _ in pool.map(work, todo):
-            pass
-    torch.set_num_threads(threads)  # that of a worker would become that of threads to come
+    for _ in in_threads(work, blocks(shape)):
+        pass
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -157,6 +150,10 @@ def sample(
     first = low.floor().nan_to_num(0.0).clamp(min=0).minimum(end)
     last = high.floor().add(1).nan_to_num(torch.inf).clamp(min=0).minimum(end)
     read = tuple(slice(int(start), int(stop) + 1) for start, stop in zip(first, last))
+    if position[0].numel() > 1 and math.prod(cut.stop - cut.start for cut in read) > _READ:
+        axis = max(range(1, position.dim()), key=lambda axis: position.shape[axis])
+        halves = position.split(-(-position.shape[axis] // 2), dim=axis)
+        return torch.cat([sample(values, half, mode, padding, outside) for half in halves], dim=axis)
     crop = values[(slice(None),) + read].to(torch.float64, copy=True).sub_(outside)
     local = identity_grid(list(position.shape[1:]), position.dtype)[0]
     ddf = position - local.add_(first.reshape([-1] + [1] * (position.dim() - 1)))

@@ -7,8 +7,10 @@ the fixed image goes to the point of the moving image it is compared with.
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from monai.utils import convert_to_tensor
 from .atomic import written_whole
 from .blocks import blocks, is_finite
 from .lists import result_name
+from .threads import gzipped
 
 __all__ = [
     "SaveTransformD",
@@ -35,7 +38,7 @@ __all__ = [
 
 _INTENT_VECTOR = 1007  # not 1006 ("displacement"): ITK takes that one for RAS and flips x and y
 _SUFFIXES = (".nii.gz", ".nii")
-_LAYERS = 32  # of a ddf that are written at a time
+_LAYERS = 16  # of a ddf that are written at a time
 
 
 def write_displacement_field(
@@ -92,7 +95,9 @@ def write_displacement_field(
     image.header.set_intent(_INTENT_VECTOR)
     image.header.set_xyzt_units("mm")
     with written_whole(path, "displacement field") as temporary:
-        _write_nifti(image, _components(voxels, _voxel_to_lps(grid, dims)), temporary)
+        parts = _parts(image, voxels, _voxel_to_lps(grid, dims))
+        with temporary.open("wb") as stream:
+            stream.writelines(gzipped(parts) if suffix == ".nii.gz" else (make() for make in parts))
     return path
 
 
@@ -225,22 +230,25 @@ class SaveTransformd(MapTransform):
 SaveTransformD = SaveTransformDict = SaveTransformd
 
 
-def _components(ddf: torch.Tensor, to_lps: np.ndarray) -> Iterator[bytes]:
-    """Yield what a NIfTI file holds of a ddf `(D, *shape)`: component by component, the first array axis fastest."""
-    for row in to_lps:
-        for part in ddf.split(_LAYERS, dim=-1):
-            millimeters = np.tensordot(row, part.double().numpy(), axes=1)
-            yield np.ascontiguousarray(millimeters.T, dtype=np.float32).tobytes()
+def _parts(image: nib.Nifti1Image, ddf: torch.Tensor, to_lps: np.ndarray) -> Iterator[Callable[[], bytes]]:
+    """Yield what makes the parts of a NIfTI file: nibabel would want all of its values in memory."""
 
-
-def _write_nifti(image: nib.Nifti1Image, values: Iterable[bytes], path: Path) -> None:
-    """Write the header of an image, and for its float32 values these: nibabel would want all of them in memory."""
-    image.update_header()
-    image.header.set_slope_inter(1.0, 0.0)
-    with nib.openers.ImageOpener(str(path), "wb") as stream:
+    def header() -> bytes:
+        stream = io.BytesIO()
+        image.update_header()
+        image.header.set_slope_inter(1.0, 0.0)
         image.header.write_to(stream)
-        for part in values:
-            stream.write(part)
+        return stream.getvalue()
+
+    def component(row: Sequence[float], layers: torch.Tensor) -> bytes:
+        millimeters = sum(step * voxels.double() for step, voxels in zip(row, layers))
+        assert isinstance(millimeters, torch.Tensor)
+        return millimeters.float().numpy().tobytes(order="F")
+
+    yield header
+    for row in to_lps.tolist():
+        for layers in ddf.split(_LAYERS, dim=-1):
+            yield partial(component, row, layers)
 
 
 def _to_numpy(array: torch.Tensor | np.ndarray) -> np.ndarray:

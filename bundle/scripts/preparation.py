@@ -119,14 +119,15 @@ def network_image(
     affine = field_affine(image)
     affine[:dims, dims] += affine[:dims, :dims] @ corner
     values, inside = values[(slice(None),) + box], inside[(slice(None),) + box]
-    normalized = NormalizeContent(background=background)(MetaTensor(values, meta=image.meta), inside)
+    values = _plain(NormalizeContent(background=background)(MetaTensor(values, meta=image.meta), inside))
 
     axes, signs = nearest_order(affine, axes_affine, dims)
     affine = reordered_affine(affine, values.shape[1:], axes, signs)
-    seen = _placed(reordered(_plain(normalized), axes, signs), affine, image)
+    values = reordered(values, axes, signs)
+    seen = _placed(values, affine, image)
     if same_axes(affine, axes_affine, dims):
         return _of_size(seen, seen.shape[1:])
-    return _resampled(seen, reordered(inside.float(), axes, signs), axes_affine)
+    return _resampled(seen, reordered(inside, axes, signs), axes_affine)
 
 
 def _resampled(image: MetaTensor, inside: torch.Tensor, axes_affine: torch.Tensor) -> MetaTensor:
@@ -136,7 +137,8 @@ def _resampled(image: MetaTensor, inside: torch.Tensor, axes_affine: torch.Tenso
     _of_size(image, shape)
     coarser = (axes_affine[:dims, :dims].norm(dim=0)) / field_affine(image)[:dims, :dims].norm(dim=0)
     sigmas = (coarser**2 - 1).clamp(min=0).sqrt() / (2 * math.sqrt(2 * math.log(2)))
-    both = torch.cat([_plain(image), inside])
+    both = torch.empty(image.shape[0] + 1, *image.shape[1:], device=image.device)
+    both[:-1], both[-1:] = _plain(image), inside
     if bool((sigmas > 0).any()):
         both = _smoothed(both, sigmas.tolist())
     sampled = resample(MetaTensor(both, affine=image.affine), affine, shape)
