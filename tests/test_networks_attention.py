@@ -258,6 +258,16 @@ def test_streamed_attention_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: streamed_attention(q, k, v, allowed), (queries, keys, values))
 
 
+def test_the_way_back_leaves_autocast_as_well() -> None:
+    queries, keys = (torch.randn(1, n, 8, requires_grad=True) for n in (5, 7))
+    values, allowed = torch.randn(1, 7, 2), torch.ones(1, 7, dtype=torch.bool)
+    expected = torch.autograd.grad(attend(queries, keys, values, allowed).sin().sum(), [queries, keys])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(attend(queries, keys, values, allowed).sin().sum(), [queries, keys])
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 def test_products_at_the_bounds() -> None:
     """Weights from exp(-80) on keep their ratio in single precision."""
     queries, keys = torch.tensor([[[40.0, 0.0]]]), torch.tensor([[[-1.0, 0.0], [-0.975, 0.0]]])

@@ -166,7 +166,8 @@ def register_pair(
     """
     name, options = pair_name(pair), {**registrar.options, "point_frame": point_frame}
     if is_done(pair, folder, options, exports, picture):
-        return Outcome(name, "done before")
+        report = json.loads((folder / REPORT).read_text())
+        return Outcome(name, "done before", " ".join(report["warnings"]))
     try:
         parts = {key: pair[key] for key in PAIR_KEYS if key in pair}
         result = registrar(**parts, point_frame=point_frame)

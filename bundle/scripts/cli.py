@@ -567,10 +567,11 @@ def _registrar(arguments: Mapping[str, Any]) -> Registrar:
     from .registration import Registrar
 
     options = {name: arguments[name] for name in Registrar.OPTIONS if name in arguments}
-    if options.get("device") == "cuda" and "LOCAL_RANK" in os.environ:  # to each process of torchrun its own GPU
+    if options.get("device") == "cuda" and "LOCAL_RANK" in os.environ:
         import torch
 
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if gpus := torch.cuda.device_count():  # processes of torchrun share them out; without any, Registrar refuses
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     return Registrar(**{"progress": sys.stderr.isatty(), **options})
 
 

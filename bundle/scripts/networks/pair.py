@@ -24,9 +24,9 @@ class PairNetwork(nn.Module):
     Args:
         net: a network called `net(moving, fixed)`.
         two_way: whether training mode answers in both directions.
-        autocast: "bfloat16" or "float16" runs the convolutions in that type (`torch.autocast`), in eager mode; where
-            the processor has instructions for it, training is faster. Coordinates, and what is sampled at them, stay
-            float32. An empty text leaves everything in the type of the images.
+        autocast: "bfloat16" runs the convolutions in that type (`torch.autocast`), in eager mode; where the processor
+            has instructions for it, training is faster. Attention, coordinates and sampling stay float32; what a U-Net
+            adds to them is rounded to 8 bits. An empty text leaves everything in the type of the images.
 
     Raises:
         ValueError: for another `autocast`.
@@ -41,8 +41,8 @@ class PairNetwork(nn.Module):
 
     def __init__(self, net: nn.Module, two_way: bool = True, autocast: str = "") -> None:
         super().__init__()
-        if autocast not in ("", "bfloat16", "float16"):
-            raise ValueError(f"autocast must be 'bfloat16', 'float16' or empty, got {autocast!r}.")
+        if autocast not in ("", "bfloat16"):  # float16 would need a scaled loss
+            raise ValueError(f"autocast must be 'bfloat16' or empty, got {autocast!r}.")
         self.net = net
         self.two_way = two_way
         self.autocast = autocast
@@ -79,7 +79,7 @@ class PairNetwork(nn.Module):
     def _register(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Return the ddf, and the one of the other direction or None."""
         device = moving.device.type
-        with torch.autocast(device, getattr(torch, self.autocast)) if self.autocast else nullcontext():
+        with torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext():
             if self.training and self.two_way:
                 return both(self.net, moving, fixed)
             return self.net(moving, fixed), None

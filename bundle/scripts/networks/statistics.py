@@ -131,12 +131,15 @@ def set_batch_statistics(network: nn.Module, batch_statistics: str) -> nn.Module
     """
     if batch_statistics not in BATCH_STATISTICS:
         raise ValueError(f"batch_statistics is one of {', '.join(BATCH_STATISTICS)}, got '{batch_statistics}'.")
-    for name, module in network.named_modules():
+    if batch_statistics != "local":
+        for name, module in network.named_modules():
+            foreign = isinstance(module, nn.modules.batchnorm._NormBase) and not hasattr(module, "batch_statistics")
+            if foreign and module.track_running_stats:
+                raise ValueError(
+                    f"'{name}' is torch's {type(module).__name__}, whose statistics cannot be {batch_statistics}: "
+                    "expected equireg.networks.statistics.BatchNorm."
+                )
+    for _, module in network.named_modules():
         if hasattr(module, "batch_statistics"):
             module.batch_statistics = batch_statistics
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and batch_statistics != "local":
-            raise ValueError(
-                f"'{name}' is torch's {type(module).__name__}, whose statistics cannot be {batch_statistics}: "
-                "expected equireg.networks.statistics.BatchNorm."
-            )
     return network

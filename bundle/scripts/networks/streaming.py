@@ -38,7 +38,8 @@ def streamed_attention(
         >>> streamed_attention(one_hot, one_hot, torch.arange(3.0).reshape(1, 3, 1) + 5.0, allowed).flatten().tolist()
         [5.0, 5.0, 5.0]
     """
-    return _StreamedAttention.apply(queries, keys, values, allowed)
+    with torch.autocast(queries.device.type, enabled=False):
+        return _StreamedAttention.apply(queries, keys, values, allowed)
 
 
 def _blocks(queries: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
@@ -69,6 +70,12 @@ class _StreamedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # The way back may run inside of an autocast that the way there had left.
+        with torch.autocast(gradient.device.type, enabled=False):
+            return _StreamedAttention._backward(ctx, gradient)
+
+    @staticmethod
+    def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         queries, keys, values, allowed, total, answer = ctx.saved_tensors
         # With p the weights, d answer / d product = p (value - answer): the part of the answer meets the 1s.
         gradient = gradient / total

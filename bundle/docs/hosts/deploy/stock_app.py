@@ -1,6 +1,6 @@
 """The same with the SDK's own `MonaiBundleInferenceOperator` between two small operators of ours.
 
-PYTHONPATH=bundle python stock_app.py -i in -o out -m model_series.ts
+PYTHONPATH=. python docs/hosts/deploy/stock_app.py -i in -o out -m models/model_series.ts
 """
 
 from __future__ import annotations

@@ -1,0 +1,322 @@
+"""Time and memory of the networks: beside the published code, against the number of voxels, and in training.
+
+    pip install matplotlib && pip install --no-deps icon-registration==1.1.9 footsteps
+    python bundle/docs/benchmarks/benchmark.py every
+
+Every measurement is a process of its own that does one thing and tells how long it took and what memory it had at most.
+What is compared runs in turns (A B A B). Rows are added to a file, which is read again: a run that was cut off goes on.
+Without `icon-registration` its rows are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import fire
+import torch
+from torch import nn
+
+from equireg.inferer import RegistrationInferer
+from equireg.networks import CARL, PairNetwork
+from equireg.networks.attention import CoordinateAttention
+from equireg.networks.encoder import Encoder
+from equireg.networks.refinement import DisplacementUNet
+
+HERE = Path(__file__).resolve().parent
+FIELDS = ("kind", "network", "shape", "run", "seconds", "peak_mb", "start_mb", "shares", "machine")
+SIZES = (48, 64, 80, 96, 121, 152, 175)  # voxels along an axis, from one to the next about twice as many in all
+STEPS = ((196, 141), (64, 64, 64))
+PUBLISHED = {  # the published network's layers
+    "in_channels": 1,
+    "feature_channels": 128,
+    "nesting": "right",
+    "factor": 4,
+    "refinement_channels": (16, 32, 64, 256, 512),
+}
+
+
+def peak() -> float:
+    """Return the most memory this process has had, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def images(shape: tuple[int, ...], batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw two images that are full of content, `(B, 1, *shape)` each."""
+    generator = torch.Generator().manual_seed(0)
+    moving, fixed = (0.1 + torch.rand(2, batch, 1, *shape, generator=generator)).unbind()
+    return moving, fixed
+
+
+def yardstick(size: int) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+    """Return the published network for cubes, made to run without a GPU: of what it does nothing is changed."""
+    nn.Module.cuda = lambda self, *_: self
+    torch.backends.cuda.sdp_kernel = lambda *_, **__: contextlib.nullcontext()
+    from icon_registration import carl  # type: ignore[import-not-found]
+
+    network = carl.make_network_final((1, 1, size, size, size), 3).eval().regis_net
+    return lambda moving, fixed: network(moving, fixed)(network.identity_map)
+
+
+def timed(run: Callable[[], Any]) -> dict[str, Any]:
+    """Run something once and tell how long it took, and the memory before and at most."""
+    start, begin = peak(), time.perf_counter()
+    run()
+    return {"seconds": time.perf_counter() - begin, "start_mb": start, "peak_mb": peak()}
+
+
+@torch.inference_mode()
+def forward(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Register one pair in one direction; memory counts from the network's being there."""
+    net: Callable[..., Any]
+    if network == "published":
+        net = yardstick(shape[0])
+    else:
+        net = CARL(len(shape), **PUBLISHED).eval()
+    if network == "equireg bfloat16":
+        net = PairNetwork(net, autocast="bfloat16").eval()._register
+    pair = images(shape)
+    return timed(lambda: net(*pair))
+
+
+@torch.inference_mode()
+def part(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Register a pair through the inferer, the canvas full of content or half of it empty."""
+    inferer, net = RegistrationInferer(), PairNetwork(CARL(len(shape), **PUBLISHED)).eval()
+    pair = torch.cat(images(shape), dim=1)
+    if network == "half":
+        pair[..., : shape[-1] // 2] = 0
+    return timed(lambda: inferer(pair, net))
+
+
+def step(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Take the second of two training steps in both directions, with the seconds of its parts."""
+    net = CARL(len(shape), **PUBLISHED, padding=9 if network == "plain" else 2)
+    pair = images(shape, batch=4 if len(shape) == 2 else 1)
+
+    def run() -> None:
+        answers = (net(*pair), net(*pair[::-1])) if network == "plain" else adapter._register(*pair)
+        sum(answer.square().mean() for answer in answers).backward()
+
+    adapter = PairNetwork(net, autocast="bfloat16" if network.endswith("bfloat16") else "")
+    first = timed(run)
+    result = {**timed(run), "start_mb": first["start_mb"]}
+    return {**result, "shares": shares(net, run) if network == "equireg" else {}}
+
+
+def shares(net: nn.Module, run: Callable[[], None]) -> dict[str, float]:
+    """Return the seconds of a step's parts, each run again alone, forward and backward, on what it got in the step."""
+    calls: list[tuple[nn.Module, tuple[torch.Tensor, ...]]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda owner, inputs: calls.append((owner, inputs)))
+        for module in net.modules()
+        if isinstance(module, (Encoder, DisplacementUNet))
+    ]
+    stage = next(module for module in net.modules() if isinstance(module, CoordinateAttention))
+    both, pairs = stage.both, []
+    stage.both = lambda *pair: (pairs.append(pair), both(*pair))[1]  # type: ignore[method-assign]
+    run()
+    for hook in hooks:
+        hook.remove()
+    seconds = {"encoder": 0.0, "U-Nets": 0.0}
+    for module, inputs in calls:
+        name = "encoder" if isinstance(module, Encoder) else "U-Nets"
+        seconds[name] += backward(module, tuple(t.detach() for t in inputs))
+    return {**seconds, "attention": backward(both, pairs[0]) - seconds["encoder"]}
+
+
+def backward(net: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> float:
+    """Return the seconds of calling a network, of one answer or two, and of the way back."""
+
+    def run() -> None:
+        answers = net(*inputs)
+        sum(a.square().mean() for a in (answers if isinstance(answers, tuple) else (answers,))).backward()
+
+    return timed(run)["seconds"]
+
+
+def start(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Start a command or import a package, in a process of its own."""
+    command = {
+        "import equireg": ["-c", "import equireg"],
+        "import monai": ["-c", "import monai"],
+        "equireg --help": ["-m", "equireg", "--help"],
+    }[network]
+    return timed(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
+
+
+KINDS = {"forward": forward, "part": part, "step": step, "start": start}
+
+
+def cases(with_yardstick: bool, runs: int) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """List the measurements: kind, network, shape, and the number of the run."""
+    listed: list[tuple[str, str, tuple[int, ...], int]] = []
+    for run in range(runs):
+        for size in (64, 96):
+            if with_yardstick:
+                listed.append(("forward", "published", (size,) * 3, run))
+        for size in SIZES:
+            listed.append(("forward", "equireg", (size,) * 3, run))
+        listed += [("forward", "equireg bfloat16", (size,) * 3, run) for size in (64, 96)]
+        listed += [("part", network, (size,) * 3, run) for size in (96, 152) for network in ("full", "half")]
+        for shape in STEPS:
+            listed += [("step", network, shape, run) for network in ("plain", "equireg", "equireg bfloat16")]
+        listed += [("start", network, (), run) for network in ("import equireg", "import monai", "equireg --help")]
+    return listed
+
+
+def one(kind: str, network: str, shape: str = "") -> None:
+    """Measure one thing in this process and print the result.
+
+    Args:
+        kind: "forward", "part", "step" or "start".
+        network: what is measured.
+        shape: of the images, voxels, such as 196x141.
+    """
+    print(json.dumps(KINDS[kind](network, tuple(map(int, shape.split("x"))) if shape else ())))
+
+
+def machine(threads: int) -> str:
+    """Say what the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {threads} threads, torch {torch.__version__}"
+
+
+def every(
+    runs: int = 3, threads: int = 2, results: str = str(HERE / "data" / "benchmark.csv"), output_dir: str = ""
+) -> None:
+    """Measure what the results file does not have yet, print the table and draw the curves.
+
+    Args:
+        runs: how often everything is measured.
+        threads: of torch.
+        results: CSV file, read and added to.
+        output_dir: where the figure goes; among the documentation's if empty.
+    """
+    path = Path(results)
+    known = {(row["kind"], row["network"], row["shape"], row["run"]) for row in read(path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    for kind, network, shape, run in cases(importlib.util.find_spec("icon_registration") is not None, runs):
+        row = {"kind": kind, "network": network, "shape": "x".join(map(str, shape)), "run": str(run)}
+        if tuple(row.values()) in known:
+            continue
+        command = [sys.executable, __file__, "one", kind, network, row["shape"]]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        row |= {key: f"{found[key]:.4g}" for key in ("seconds", "peak_mb", "start_mb")}
+        row |= {"shares": "; ".join(f"{k} {v:.3f}" for k, v in found.get("shares", {}).items())}
+        append(path, {**row, "machine": machine(threads)})
+        print({key: row[key] for key in FIELDS[:5]}, file=sys.stderr)
+    rows = read(path)
+    table(rows)
+    draw(rows, output_dir)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a results file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, str]) -> None:
+    """Add a row to a results file."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+Medians = dict[tuple[str, str, str], tuple[float, float]]
+
+
+def medians(rows: list[dict[str, str]]) -> Medians:
+    """Return the median seconds and the median memory over the start, MB, of each kind, network and shape."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["network"], row["shape"]), []).append(row)
+    return {
+        key: (
+            median(float(row["seconds"]) for row in group),
+            median(float(row["peak_mb"]) - float(row["start_mb"]) for row in group),
+        )
+        for key, group in groups.items()
+    }
+
+
+def table(rows: list[dict[str, str]]) -> None:
+    """Print the medians, and the ratios that there are targets for."""
+    found = medians(rows)
+    spread: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        spread.setdefault((row["kind"], row["network"], row["shape"]), []).append(float(row["seconds"]))
+    print("| what | network | shape | seconds, median (least to most) | memory, MB |\n|---|---|---|---|---|")
+    for (kind, network, shape), (seconds, memory) in found.items():
+        times = spread[kind, network, shape]
+        print(f"| {kind} | {network} | {shape} | {seconds:.3g} ({min(times):.3g} to {max(times):.3g}) | {memory:.0f} |")
+    for name, mine, theirs in (
+        ("forward at 64^3, equireg / published", ("forward", "equireg", "64x64x64"), ("published",)),
+        ("forward at 96^3, equireg / published", ("forward", "equireg", "96x96x96"), ("published",)),
+        ("forward at 96^3, bfloat16 / float32", ("forward", "equireg bfloat16", "96x96x96"), ("equireg",)),
+        ("152^3 / 121^3", ("forward", "equireg", "152x152x152"), ("equireg", "121x121x121")),
+        ("content in half / in all of 96^3", ("part", "half", "96x96x96"), ("full",)),
+        ("content in half / in all of 152^3", ("part", "half", "152x152x152"), ("full",)),
+        ("step in 2D, equireg / plain", ("step", "equireg", "196x141"), ("plain",)),
+        ("step in 3D, equireg / plain", ("step", "equireg", "64x64x64"), ("plain",)),
+        ("step in 2D, bfloat16 / float32", ("step", "equireg bfloat16", "196x141"), ("equireg",)),
+        ("step in 3D, bfloat16 / float32", ("step", "equireg bfloat16", "64x64x64"), ("equireg",)),
+        ("import equireg / import monai", ("start", "import equireg", ""), ("import monai",)),
+    ):
+        other = (mine[0], *theirs, *mine[1 + len(theirs) :])
+        if mine in found and other in found:
+            seconds, memory = (a / b if b else float("nan") for a, b in zip(found[mine], found[other]))
+            print(f"{name}: seconds x {seconds:.3f}, memory x {memory:.3f}")
+
+
+def draw(rows: list[dict[str, str]], output_dir: str) -> None:
+    """Draw time and memory of registering a pair against the number of voxels."""
+    from matplotlib.figure import Figure
+
+    from equireg.pictures import save_figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    found = medians(rows)
+    for number, network in enumerate(dict.fromkeys(key[1] for key in found if key[0] == "forward")):
+        points = sorted(
+            (int(shape.split("x")[0]) ** 3 / 1e6, *values)
+            for (kind, name, shape), values in found.items()
+            if kind == "forward" and name == network
+        )
+        for panel, column in zip(panels, (1, 2)):
+            panel.plot([p[0] for p in points], [p[column] for p in points], "o-", color=f"C{number}", label=network)
+    for panel, label in zip(panels, ("seconds", "memory, MB")):
+        panel.set(xscale="log", yscale="log", xlabel="million voxels", ylabel=label)
+        panel.grid(alpha=0.3, which="both")
+    panels[0].legend(fontsize=8)
+    folder = Path(output_dir) if output_dir else HERE.parent / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, folder / "benchmark.png")
+
+
+if __name__ == "__main__":
+    fire.Fire({"every": every, "one": one}, serialize=lambda _: None)
