@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from equireg.threads import gzipped, in_threads
+from equireg.world import as_field, invert_field
 
 
 @pytest.fixture(params=[1, 3])
@@ -36,6 +37,19 @@ def test_results_come_in_order_and_items_are_taken_late(threads: int) -> None:
     for expected, (number, alone) in enumerate(in_threads(work, items())):
         assert number == expected and alone == 1 and len(taken) <= number + 2 * threads + 2
     assert len(taken) == 40 and torch.get_num_threads() == threads
+
+
+def test_work_sees_the_modes_of_the_caller(threads: int) -> None:
+    def modes(_: int) -> tuple[bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    assert set(in_threads(modes, range(4))) == {(True, False)}
+    with torch.no_grad():
+        assert set(in_threads(modes, range(4))) == {(False, False)}
+    with torch.inference_mode():
+        assert set(in_threads(modes, range(4))) == {(False, True)}
+        field = as_field(torch.ones(3, 60, 60, 60), torch.eye(4))  # more than a block
+        assert (invert_field(field, torch.eye(4), (60, 60, 60)) == -1).all()
 
 
 def test_an_error_of_the_work_is_raised(threads: int) -> None:

@@ -38,7 +38,7 @@ __all__ = [
 
 _INTENT_VECTOR = 1007  # not 1006 ("displacement"): ITK takes that one for RAS and flips x and y
 _SUFFIXES = (".nii.gz", ".nii")
-_LAYERS = 16  # of a ddf that are written at a time
+_LAYERS = 8  # of a ddf that are written at a time
 
 
 def write_displacement_field(

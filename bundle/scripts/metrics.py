@@ -16,6 +16,7 @@ from monai.metrics import CumulativeIterationMetric, do_metric_reduction
 from monai.utils import MetricReduction, convert_to_tensor
 
 from .fields import compose, full_precision, jacobian_determinant
+from .threads import in_threads
 
 __all__ = [
     "FoldingFraction",
@@ -39,13 +40,16 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _determinants(ddf: torch.Tensor, scheme: str) -> Iterator[torch.Tensor]:
-    """Yield the determinants of the Jacobian, `(B, n)` at a time, so that no more of them are in memory."""
+    """Return the determinants of the Jacobian, `(B, n)` at a time, so that no more of them are in memory."""
     planes = max(_PLANES, _VOXELS // max(1, ddf[0, 0, :1].numel()))
     before = int(scheme == "central")  # planes that only serve as neighbors
-    for start in range(0, max(ddf.shape[2] - 1 + before, 1), planes):
+
+    def part(start: int) -> torch.Tensor:
         first = max(start - before, 0)
         determinant = jacobian_determinant(ddf[:, :, first : start + planes + 1], scheme)
-        yield determinant[:, :, start - first : start - first + planes].flatten(1)
+        return determinant[:, :, start - first : start - first + planes].flatten(1)
+
+    return in_threads(part, range(0, max(ddf.shape[2] - 1 + before, 1), planes))
 
 
 def folding_fraction(ddf: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from .evaluation import jsonable, landmark_error, overlap, regularity, round_tri
 from .fields import compose
 from .losses import LocalCorrelationLoss
 from .preparation import restored_field
+from .threads import in_threads
 from .world import best_affine, field_affine, resample, warp_image
 
 __all__ = [
@@ -252,13 +253,13 @@ def _lengths(field: MetaTensor, content: torch.Tensor) -> dict[str, float]:
     """Return mean and maximum of the displacements of the voxels of a mask `(1, *shape)`, millimeters."""
     dims = field.dim() - 1
     steps, ddf = field_affine(field)[:dims, :dims].float(), field.as_tensor()
-    total, count, longest = 0.0, 0, 0.0
-    for where in blocks(field.shape[1:]):
+
+    def part(where: tuple[slice, ...]) -> tuple[float, float]:
         length = torch.einsum("ij,jn->in", steps, ddf[where][:, content[where][0]]).square().sum(dim=0).sqrt()
-        if len(length):
-            total, count = total + length.sum().item(), count + len(length)
-            longest = max(longest, length.max().item())
-    return {"mean": total / count, "max": longest}
+        return (length.sum().item(), length.max().item()) if len(length) else (0.0, 0.0)
+
+    totals, longest = zip(*in_threads(part, blocks(field.shape[1:])))
+    return {"mean": sum(totals) / int(content.count_nonzero()), "max": max(longest)}
 
 
 def _image(image: MetaTensor) -> dict[str, Any]:
@@ -289,10 +290,10 @@ def _doubts(image: MetaTensor, name: str, background: float | None) -> Iterator[
         )
     if background is None:
         return
-    below = image < background
-    if below.float().mean() > 0.01:  # a few dark voxels are no background
+    below = (image < background).count_nonzero()
+    if below > 0.01 * image.numel():  # a few dark voxels are no background
         lowest = image.min().item()
-        common = bool((image == lowest).float().mean() > 0.01)
+        common = bool((image == lowest).count_nonzero() > 0.01 * image.numel())
         advice = f"if {lowest:g} is its background, say so" if common else "if its background has another value, say so"
         yield (
             f"the {name} image has values below its background ({background:g}), down to {lowest:g}: {advice} "

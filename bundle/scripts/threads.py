@@ -20,11 +20,11 @@ _Result = TypeVar("_Result")
 def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """Do work on as many threads as torch has, each of which runs torch alone.
 
-    Threads that share every operation wait for each other all the time, and on a busy machine much longer than they
-    work.
+    Threads that share every operation, as torch does by itself, wait for each other all the time, and on a busy machine
+    much longer than they work.
 
     Args:
-        work: takes an item.
+        work: takes an item; it sees the caller's gradient and inference mode.
         items: taken no faster than results are asked for.
 
     Yields:
@@ -34,15 +34,20 @@ def in_threads(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iter
         >>> list(in_threads(lambda number: number**2, [1, 2, 3]))
         [1, 4, 9]
     """
-    threads = torch.get_num_threads()
+    threads, inference, grad = torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     if threads == 1:
         yield from map(work, items)
         return
+
+    def alike(item: _Item) -> _Result:
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            return work(item)
+
     pending: deque[Future[_Result]] = deque()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for item in items:
-                pending.append(pool.submit(work, item))
+                pending.append(pool.submit(alike, item))
                 if len(pending) > 2 * threads:
                     yield pending.popleft().result()
             while pending:

@@ -51,6 +51,16 @@ def _with_meta(values: torch.Tensor, source: Any) -> torch.Tensor:
     return MetaTensor(values).copy_meta_from(source)
 
 
+def _gathered(channel: torch.Tensor, content: torch.Tensor, parts: Sequence[tuple[slice, ...]]) -> torch.Tensor:
+    """Copy the content values of a channel `(1, *shape)` into one tensor `(N,)`, part by part, in no special order."""
+    values, filled = channel.new_empty(int(content.count_nonzero())), 0
+    for where in parts:
+        chosen = channel[where][content[where]]
+        values[filled : filled + len(chosen)] = chosen
+        filled += len(chosen)
+    return values
+
+
 class NormalizeContent(Transform):
     """Map the content of an image to (0, 1] by percentiles of the content alone, and its background to exactly 0.
 
@@ -107,10 +117,10 @@ class NormalizeContent(Transform):
         result = torch.empty(values.shape, dtype=torch.float32, device=values.device)
         parts = blocks(values.shape[1:])
         for channel, target in zip(values.split(1), result.split(1)):
-            low, high, unit = self._limits(torch.cat([channel[where][content[where]] for where in parts]), img)
+            low, high, unit = self._limits(_gathered(channel, content, parts), img)
             for where in parts:
-                scaled = (channel[where].to(torch.float64) / unit - low) / (high - low)
-                target[where] = torch.where(content[where], scaled.clamp(DARKEST, 1.0), 0.0).float()
+                scaled = channel[where].to(torch.float64).div(unit).sub_(low).div_(high - low).clamp_(DARKEST, 1.0)
+                target[where] = scaled.masked_fill_(~content[where], 0.0)
         return _with_meta(result, img)
 
     def _limits(self, content: torch.Tensor, img: NdarrayOrTensor) -> tuple[float, float, float]:
