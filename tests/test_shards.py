@@ -120,6 +120,23 @@ def test_a_table_written_late_holds_what_was_left_meanwhile(tmp_path: Path) -> N
     assert tables[1:] == [["a", "b"], ["b"], ["a", "b"]] and [row["name"] for row in found] == ["a", "b"]
 
 
+def test_rows_of_something_else_are_left_out(tmp_path: Path) -> None:
+    """A table never mixes what was measured with other weights, options or files."""
+    for index, key in ((0, "old"), (1, "old"), (0, "new")):
+        shard = Shard(index, 2)
+        rows = [{"name": name, "from": key} for name in shard.take("abcd")]
+        found = shard.join(rows, "abcd", tmp_path, "t", lambda _: None, key)
+    assert [(row["name"], row["from"]) for row in found] == [("a", "new"), ("c", "new")]
+
+
+def test_an_unfinished_evaluation_says_so(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of(monkeypatch, 0, 2)
+    main(["evaluate", *words])
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["missing"] == ["b", "d"] and result["pairs"] == 5
+    assert [row["name"] for row in table(tmp_path / "out" / "evaluation.csv")] == ["a", "c", "e"]
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_every_entry_is_one_process(count: int) -> None:
     taken = [entry for index in range(count) for entry in Shard(index, count).take(range(5))]

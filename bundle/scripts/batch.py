@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ from typing import Any
 from .evaluation import jsonable, landmark_error, overlap, regularity, round_trip
 from .images import writable_folder
 from .lists import result_name
-from .pairs import PAIR_KEYS, fingerprints, input_names, read_pair
+from .pairs import PAIR_KEYS, fingerprint, fingerprints, input_names, read_pair
 from .progress import progress
 from .registration import Registrar
 from .report import software
@@ -304,7 +305,8 @@ def register_list(
         if shard.count == 1:
             write_table([vars(outcome) for outcome in outcomes], folder / "batch.csv")
     rows, names = [vars(outcome) for outcome in outcomes], [pair_name(pair) for pair in pairs]
-    shard.join(rows, names, folder, "batch", lambda found: found and write_table(found, folder / "batch.csv"))
+    write = lambda found: found and write_table(found, folder / "batch.csv")  # noqa: E731
+    shard.join(rows, names, folder, "batch", write, _key(pairs, registrar, point_frame))
     return outcomes
 
 
@@ -353,8 +355,26 @@ def evaluate_list(
         except EXPECTED_ERRORS as error:
             rows.append({"name": name, _FAILED: one_line(error)})
     names = [pair_name(pair) for pair in pairs]
-    found = shard.join(rows, names, folder, "evaluation", lambda found: _write_evaluation(found, len(pairs), folder))
+    write = lambda found: _write_evaluation(found, names, folder)  # noqa: E731
+    found = shard.join(rows, names, folder, "evaluation", write, _key(pairs, registrar, point_frame))
     return _split(found)
+
+
+def _key(pairs: Sequence[Mapping[str, Any]], registrar: Registrar | None, point_frame: str | None) -> str:
+    """Name what rows are of: the list, the files as they are now, the options and this version."""
+    transforms = ("fixed_to_moving", "moving_to_fixed")
+    states = [
+        [
+            pair_name(pair),
+            input_names(pair),
+            fingerprints(pair),
+            [fingerprint(pair[k]) for k in transforms if pair.get(k)],
+        ]
+        for pair in pairs
+    ]
+    options = None if registrar is None else registrar.options
+    text = json.dumps([states, options, point_frame, software()["equireg"]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _measured(
@@ -379,10 +399,11 @@ def _split(
     return rows, {row["name"]: row[_FAILED] for row in found if _FAILED in row}, summary(rows)
 
 
-def _write_evaluation(found: Sequence[dict[str, Any]], count: int, folder: Path) -> None:
+def _write_evaluation(found: Sequence[dict[str, Any]], names: Sequence[str], folder: Path) -> None:
     rows, failures, totals = _split(found)
     (folder / "evaluation.csv").unlink(missing_ok=True)
     if rows:
         write_table(rows, folder / "evaluation.csv")
-    result = {"pairs": count, "failed": failures, "summary": totals}
+    missing = sorted(set(names) - {row["name"] for row in found})  # left to processes that have not ended
+    result = {"pairs": len(names), "missing": missing, "failed": failures, "summary": totals}
     write_text(json.dumps(jsonable(result), indent=2) + "\n", folder / "evaluation.json")

@@ -72,9 +72,9 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
         ValueError: for another mode or padding, and when shapes do not fit or an integer image is to be blended.
 
     Example:
-        >>> ramp = torch.arange(4.0).reshape(1, 1, 4, 1)
-        >>> warp(ramp, torch.full((1, 2, 4, 1), 0.5)).flatten().tolist()
-        [0.5, 1.5, 2.5, 3.0]
+        >>> ramp = torch.arange(5.0).reshape(1, 1, 5, 1)
+        >>> warp(ramp, torch.full((1, 2, 5, 1), 0.5)).flatten().tolist()
+        [0.5, 1.5, 2.5, 3.5, 4.0]
     """
     dims = ddf.dim() - 2
     if ddf.shape[1] != dims or image.dim() != ddf.dim() or image.shape[0] != ddf.shape[0]:
@@ -91,22 +91,28 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
     ddf = full_precision(ddf)
     if mode == "nearest" and image.element_size() >= 4 and image.dtype != torch.float32:
         ddf = ddf.double()  # labels are not rounded: single precision has no number between 2^24 and 2^24 + 2
-    # torch calls linear interpolation "bilinear" in any dimension and wants the last array axis first, from the middle
-    # of the image (0) to its outer faces (-1, 1), which lie apart even where an axis has a single voxel.
+    if padding == "zeros":
+        # Normalized coordinates have no scale along an axis of one voxel: a second one, of background, gives them one.
+        # `1 // size` is 1 for one voxel and 0 for more; a condition would be frozen by tracing, as would `max` below.
+        thickness: List[int] = []
+        for k in range(dims - 1, -1, -1):
+            thickness.extend([0, 1 // image.shape[2 + k]])
+        image = F.pad(image, thickness)
+    # torch calls linear interpolation "bilinear" in any dimension and wants the last array axis first, in [-1, 1].
     axes: List[torch.Tensor] = []
     for k in range(dims - 1, -1, -1):
         shape = [1] * (dims + 1)
         shape[1 + k] = ddf.shape[2 + k]
         index = torch.arange(ddf.shape[2 + k], dtype=ddf.dtype, device=ddf.device).reshape(shape)
         size = image.shape[2 + k]
-        axes.append((index + ddf[:, k]).sub_(0.5 * (size - 1)).mul_(2.0 / size))
-    grid = torch.stack(axes, dim=1).movedim(1, -1)
+        axes.append((index + ddf[:, k]) * (2.0 / (size - 1 + 1 // size)) - 1.0)
+    grid = torch.stack(axes, dim=-1)
     moved = F.grid_sample(
         image.to(ddf.dtype),
         grid,
         mode="bilinear" if mode == "linear" else "nearest",
         padding_mode=padding,
-        align_corners=False,
+        align_corners=True,
     )
     return moved.to(image.dtype)
 
@@ -159,7 +165,8 @@ def resize(ddf: torch.Tensor, factor: int) -> torch.Tensor:
         return ddf
     dims = ddf.dim() - 2
     mode = "linear" if dims == 1 else ("bilinear" if dims == 2 else "trilinear")
-    return F.interpolate(ddf * float(factor), scale_factor=[float(factor)] * dims, mode=mode, align_corners=False)
+    fine = F.interpolate(ddf, scale_factor=[float(factor)] * dims, mode=mode, align_corners=False)
+    return fine * float(factor)
 
 
 def invert(ddf: torch.Tensor, shape: Optional[List[int]] = None, iterations: int = 50) -> torch.Tensor:
@@ -189,7 +196,7 @@ def invert(ddf: torch.Tensor, shape: Optional[List[int]] = None, iterations: int
     mean = ddf.flatten(2).mean(dim=2).reshape([ddf.shape[0], dims] + [1] * dims)
     inverse = (-mean).expand([ddf.shape[0], dims] + list(size))
     for _ in range(iterations):
-        inverse = warp(ddf, inverse, mode="linear", padding="border").neg_()
+        inverse = -warp(ddf, inverse, mode="linear", padding="border")
     return inverse
 
 
@@ -198,18 +205,13 @@ def _derivative(ddf: torch.Tensor, axis: int, scheme: str) -> torch.Tensor:
     size = ddf.shape[axis]
     if size == 1:
         return torch.zeros_like(ddf)
+    steps = ddf.narrow(axis, 1, size - 1) - ddf.narrow(axis, 0, size - 1)
     if scheme == "forward":
-        return ddf.narrow(axis, 1, size - 1) - ddf.narrow(axis, 0, size - 1)
-    # At the ends only one neighbor exists.
-    first = ddf.narrow(axis, 1, 1) - ddf.narrow(axis, 0, 1)
-    middle = (ddf.narrow(axis, 2, size - 2) - ddf.narrow(axis, 0, size - 2)).mul_(0.5)
-    last = ddf.narrow(axis, size - 1, 1) - ddf.narrow(axis, size - 2, 1)
+        return steps
+    # The mean of the two one-sided differences is the central one; at the ends only one of them exists.
+    first, last = steps.narrow(axis, 0, 1), steps.narrow(axis, size - 2, 1)
+    middle = 0.5 * (steps.narrow(axis, 1, size - 2) + steps.narrow(axis, 0, size - 2))
     return torch.cat([first, middle, last], dim=axis)
-
-
-def _cross(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """Return `a * b - c * d`."""
-    return (a * b).addcmul_(c, d, value=-1.0)
 
 
 def jacobian_determinant(ddf: torch.Tensor, scheme: str = "central") -> torch.Tensor:
@@ -251,8 +253,8 @@ def jacobian_determinant(ddf: torch.Tensor, scheme: str = "central") -> torch.Te
     a0, a1 = a[:, 0:1] + 1.0, a[:, 1:2]
     b0, b1 = b[:, 0:1], b[:, 1:2] + 1.0
     if dims == 2:
-        return _cross(a0, b1, a1, b0)
+        return a0 * b1 - a1 * b0
     c = columns[2]
     a2, b2 = a[:, 2:3], b[:, 2:3]
     c0, c1, c2 = c[:, 0:1], c[:, 1:2], c[:, 2:3] + 1.0
-    return _cross(a0, _cross(b1, c2, b2, c1), a1, _cross(b0, c2, b2, c0)).addcmul_(a2, _cross(b0, c1, b1, c0))
+    return a0 * (b1 * c2 - b2 * c1) - a1 * (b0 * c2 - b2 * c0) + a2 * (b0 * c1 - b1 * c0)

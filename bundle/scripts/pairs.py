@@ -18,7 +18,7 @@ from .landmarks import Landmarks, check_inside, read_landmarks
 from .lists import listed_pairs
 from .transform_files import read_affine
 
-__all__ = ["PAIR_KEYS", "PairFromImaged", "fingerprints", "input_names", "read_pair"]
+__all__ = ["PAIR_KEYS", "PairFromImaged", "fingerprint", "fingerprints", "input_names", "read_pair"]
 
 # What a pair may consist of, and the image whose grid or space each part shares.
 _LABELS = {"moving_label": "moving", "fixed_label": "fixed"}
@@ -153,10 +153,19 @@ def fingerprints(sources: Mapping[str, Any]) -> dict[str, list[int] | None]:
         Bytes and time of the last change of each part, of all files of a folder; None for what was in memory.
     """
     names = input_names(sources)
-    return {key: None if name is None else _fingerprint(Path(name)) for key, name in names.items()}
+    return {key: None if name is None else fingerprint(name) for key, name in names.items()}
 
 
-def _fingerprint(path: Path) -> list[int]:
+def fingerprint(path: str | Path) -> list[int]:
+    """Say in which state a file is.
+
+    Args:
+        path: file or folder; it need not be there.
+
+    Returns:
+        Bytes and time of the last change, of all files of a folder; zeros where there is nothing.
+    """
+    path = Path(path)
     # A header such as .mhd or .nhdr has its values in a file beside it.
     beside = path.parent.glob(f"{path.stem}.*") if path.suffix.lower() in (".mhd", ".nhdr") else [path]
     files = [file for file in (path.rglob("*") if path.is_dir() else beside) if file.is_file()]

@@ -74,6 +74,7 @@ class Shard:
         folder: str | Path,
         table: str,
         write: Callable[[list[dict[str, Any]]], object],
+        key: str = "",
     ) -> list[dict[str, Any]]:
         """Leave the rows of this process, and write the table of all rows that there are.
 
@@ -83,6 +84,7 @@ class Shard:
             folder: where the table is, and the folder `.shares` with the rows of each process.
             table: name of the table.
             write: writes the table.
+            key: says what the rows are of, such as the list and the options; rows left under another key are not read.
 
         Returns:
             The rows of the table.
@@ -92,14 +94,15 @@ class Shard:
             write(found)
             return found
         shares = writable_folder(Path(folder) / ".shares")
-        write_text(json.dumps(list(rows)), shares / f"{table}_{self.index}_of_{self.count}.json")
+        write_text(json.dumps({"key": key, "rows": list(rows)}), shares / f"{table}_{self.index}_of_{self.count}.json")
         before: list[str] = []
         while True:
             texts = [path.read_text() for path in sorted(shares.glob(f"{table}_*_of_{self.count}.json"))]
             if texts == before:
                 return found
             # Others may end now: who writes last reads last, too, and so leaves all there is.
-            before, found = texts, _ordered([json.loads(text) for text in texts], names)
+            left = [json.loads(text) for text in texts]
+            before, found = texts, _ordered([share["rows"] for share in left if share["key"] == key], names)
             write(found)
 
 
