@@ -305,8 +305,8 @@ def register_list(
         if shard.count == 1:
             write_table([vars(outcome) for outcome in outcomes], folder / "batch.csv")
     rows, names = [vars(outcome) for outcome in outcomes], [pair_name(pair) for pair in pairs]
-    write = lambda found: found and write_table(found, folder / "batch.csv")  # noqa: E731
-    shard.join(rows, names, folder, "batch", write, _key(pairs, registrar, point_frame))
+    key = _key(pairs, registrar, point_frame) if shard.count > 1 else ""
+    shard.join(rows, names, folder, "batch", lambda found: found and write_table(found, folder / "batch.csv"), key)
     return outcomes
 
 
@@ -355,23 +355,18 @@ def evaluate_list(
         except EXPECTED_ERRORS as error:
             rows.append({"name": name, _FAILED: one_line(error)})
     names = [pair_name(pair) for pair in pairs]
-    write = lambda found: _write_evaluation(found, names, folder)  # noqa: E731
-    found = shard.join(rows, names, folder, "evaluation", write, _key(pairs, registrar, point_frame))
+    key = _key(pairs, registrar, point_frame) if shard.count > 1 else ""
+    found = shard.join(rows, names, folder, "evaluation", lambda found: _write_evaluation(found, names, folder), key)
     return _split(found)
 
 
 def _key(pairs: Sequence[Mapping[str, Any]], registrar: Registrar | None, point_frame: str | None) -> str:
     """Name what rows are of: the list, the files as they are now, the options and this version."""
-    transforms = ("fixed_to_moving", "moving_to_fixed")
-    states = [
-        [
-            pair_name(pair),
-            input_names(pair),
-            fingerprints(pair),
-            [fingerprint(pair[k]) for k in transforms if pair.get(k)],
-        ]
-        for pair in pairs
-    ]
+    states = []
+    for pair in pairs:
+        given = [pair[key] for key in ("fixed_to_moving", "moving_to_fixed") if pair.get(key)]
+        transforms = [(str(path), fingerprint(path)) for path in given]
+        states.append([pair_name(pair), input_names(pair), fingerprints(pair), transforms])
     options = None if registrar is None else registrar.options
     text = json.dumps([states, options, point_frame, software()["equireg"]], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -29,6 +29,7 @@ import fire
 import torch
 from torch import nn
 
+from equireg.batch import write_table
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, PairNetwork
 from equireg.networks.attention import CoordinateAttention
@@ -36,7 +37,6 @@ from equireg.networks.encoder import Encoder
 from equireg.networks.refinement import DisplacementUNet
 
 HERE = Path(__file__).resolve().parent
-FIELDS = ("kind", "network", "shape", "run", "seconds", "peak_mb", "start_mb", "shares", "machine")
 SIZES = (48, 64, 80, 96, 121, 152, 175)  # voxels along an axis, from one to the next about twice as many in all
 STEPS = ((196, 141), (64, 64, 64))
 PUBLISHED = {  # the published network's layers
@@ -209,7 +209,8 @@ def every(
         output_dir: where the figure goes; among the documentation's if empty.
     """
     path = Path(results)
-    known = {(row["kind"], row["network"], row["shape"], row["run"]) for row in read(path)}
+    rows: list[dict[str, str]] = read(path)
+    known = {(row["kind"], row["network"], row["shape"], row["run"]) for row in rows}
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for kind, network, shape, run in cases(importlib.util.find_spec("icon_registration") is not None, runs):
         row = {"kind": kind, "network": network, "shape": "x".join(map(str, shape)), "run": str(run)}
@@ -220,9 +221,9 @@ def every(
         found = json.loads(done.stdout.strip().splitlines()[-1])
         row |= {key: f"{found[key]:.4g}" for key in ("seconds", "peak_mb", "start_mb")}
         row |= {"shares": "; ".join(f"{k} {v:.3f}" for k, v in found.get("shares", {}).items())}
-        append(path, {**row, "machine": machine(threads)})
-        print({key: row[key] for key in FIELDS[:5]}, file=sys.stderr)
-    rows = read(path)
+        rows.append({**row, "machine": machine(threads)})
+        write_table(rows, path)
+        print(kind, network, shape, run, row["seconds"], file=sys.stderr)
     table(rows)
     draw(rows, output_dir)
 
@@ -235,60 +236,52 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, row: dict[str, str]) -> None:
-    """Add a row to a results file."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-Medians = dict[tuple[str, str, str], tuple[float, float]]
-
-
-def medians(rows: list[dict[str, str]]) -> Medians:
-    """Return the median seconds and the median memory over the start, MB, of each kind, network and shape."""
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+def groups(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], list[dict[str, str]]]:
+    """Return the rows of each kind, network and shape."""
+    found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
-        groups.setdefault((row["kind"], row["network"], row["shape"]), []).append(row)
+        found.setdefault((row["kind"], row["network"], row["shape"]), []).append(row)
+    return found
+
+
+def medians(rows: list[dict[str, str]]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Return the median seconds and the median memory over the start, MB, of each kind, network and shape."""
     return {
         key: (
             median(float(row["seconds"]) for row in group),
             median(float(row["peak_mb"]) - float(row["start_mb"]) for row in group),
         )
-        for key, group in groups.items()
+        for key, group in groups(rows).items()
     }
+
+
+RATIOS = (  # what is said, the kind, and what is compared by network and shape
+    ("forward at 64^3, equireg / published", "forward", ("equireg", "64x64x64"), ("published", "64x64x64")),
+    ("forward at 96^3, equireg / published", "forward", ("equireg", "96x96x96"), ("published", "96x96x96")),
+    ("forward at 96^3, bfloat16 / float32", "forward", ("equireg bfloat16", "96x96x96"), ("equireg", "96x96x96")),
+    ("152^3 / 121^3", "forward", ("equireg", "152x152x152"), ("equireg", "121x121x121")),
+    ("content in half / in all of 96^3", "part", ("half", "96x96x96"), ("full", "96x96x96")),
+    ("content in half / in all of 152^3", "part", ("half", "152x152x152"), ("full", "152x152x152")),
+    ("step in 2D, equireg / plain", "step", ("equireg", "196x141"), ("plain", "196x141")),
+    ("step in 3D, equireg / plain", "step", ("equireg", "64x64x64"), ("plain", "64x64x64")),
+    ("step in 2D, bfloat16 / float32", "step", ("equireg bfloat16", "196x141"), ("equireg", "196x141")),
+    ("step in 3D, bfloat16 / float32", "step", ("equireg bfloat16", "64x64x64"), ("equireg", "64x64x64")),
+    ("import equireg / import monai", "start", ("import equireg", ""), ("import monai", "")),
+)
 
 
 def table(rows: list[dict[str, str]]) -> None:
     """Print the medians, and the ratios that there are targets for."""
     found = medians(rows)
-    spread: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        spread.setdefault((row["kind"], row["network"], row["shape"]), []).append(float(row["seconds"]))
     print("| what | network | shape | seconds, median (least to most) | memory, MB |\n|---|---|---|---|---|")
-    for (kind, network, shape), (seconds, memory) in found.items():
-        times = spread[kind, network, shape]
+    for (kind, network, shape), group in groups(rows).items():
+        seconds, memory = found[kind, network, shape]
+        times = [float(row["seconds"]) for row in group]
         print(f"| {kind} | {network} | {shape} | {seconds:.3g} ({min(times):.3g} to {max(times):.3g}) | {memory:.0f} |")
-    for name, mine, theirs in (
-        ("forward at 64^3, equireg / published", ("forward", "equireg", "64x64x64"), ("published",)),
-        ("forward at 96^3, equireg / published", ("forward", "equireg", "96x96x96"), ("published",)),
-        ("forward at 96^3, bfloat16 / float32", ("forward", "equireg bfloat16", "96x96x96"), ("equireg",)),
-        ("152^3 / 121^3", ("forward", "equireg", "152x152x152"), ("equireg", "121x121x121")),
-        ("content in half / in all of 96^3", ("part", "half", "96x96x96"), ("full",)),
-        ("content in half / in all of 152^3", ("part", "half", "152x152x152"), ("full",)),
-        ("step in 2D, equireg / plain", ("step", "equireg", "196x141"), ("plain",)),
-        ("step in 3D, equireg / plain", ("step", "equireg", "64x64x64"), ("plain",)),
-        ("step in 2D, bfloat16 / float32", ("step", "equireg bfloat16", "196x141"), ("equireg",)),
-        ("step in 3D, bfloat16 / float32", ("step", "equireg bfloat16", "64x64x64"), ("equireg",)),
-        ("import equireg / import monai", ("start", "import equireg", ""), ("import monai",)),
-    ):
-        other = (mine[0], *theirs, *mine[1 + len(theirs) :])
-        if mine in found and other in found:
-            seconds, memory = (a / b if b else float("nan") for a, b in zip(found[mine], found[other]))
+    for name, kind, mine, other in RATIOS:
+        if (kind, *mine) in found and (kind, *other) in found:
+            pairs = zip(found[(kind, *mine)], found[(kind, *other)])
+            seconds, memory = (a / b if b else float("nan") for a, b in pairs)
             print(f"{name}: seconds x {seconds:.3f}, memory x {memory:.3f}")
 
 

@@ -12,7 +12,6 @@ starts from the attention of its kind, with all angles at once, and is trained a
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,17 +181,6 @@ def evaluate(net: nn.Module, images: list[dict[str, torch.Tensor]], angle: float
     }
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a results file."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(
     dataset_dir: str,
     seeds: int = 1,
@@ -234,7 +222,8 @@ def main(
                 "steps": retina.EPOCHS * retina.STEPS,
                 "seconds": round(time.process_time() - start),
             }
-            append(path, [{**row, **evaluate(net, test, angle, warps)} for angle in angles])
+            rows = [{**row, **evaluate(net, test, angle, warps)} for angle in angles]
+            retina.append(path, rows, FIELDS)
             if (file := weights_file(name, features, seed, weights_dir)) is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(net.state_dict(), file)

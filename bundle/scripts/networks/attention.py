@@ -54,9 +54,9 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
     if torch.jit.is_scripting():
         return _attend(queries, keys, values, allowed)
     else:  # TorchScript compiles what follows a returning `if`, but not this branch
+        if queries.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            return streamed_attention(queries, keys, values, allowed)
         with torch.autocast(queries.device.type, enabled=False):
-            if queries.device.type == "cpu" and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
-                return streamed_attention(queries, keys, values, allowed)
             return _attend(queries, keys, values, allowed)
 
 
