@@ -131,6 +131,14 @@ def test_one_process_writes(mode: str, folder: Path) -> None:
     random_network(2).load_state_dict(state)  # names as in one process
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not list threads")
+def test_no_thread_outlives_the_process_group(folder: Path) -> None:
+    """A thread of gloo that is left at the end of a process aborts it, now and then."""
+    for rank in range(2):
+        before, after = json.loads((folder / f"threads_of_{rank}.json").read_text())
+        assert before > 0 and after == 0
+
+
 def test_one_process_goes_on_where_two_stopped(folder: Path, tmp_path: Path) -> None:
     source = folder / "synchronized_written_by_0" / "checkpoint.pt"
     (tmp_path / "checkpoint.pt").write_bytes(source.read_bytes())

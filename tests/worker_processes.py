@@ -7,6 +7,7 @@ parameters and buffers after every step, and the metrics of the last evaluation.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -24,6 +25,11 @@ from monai.bundle import create_workflow
 def digest(tensors: Iterable[torch.Tensor]) -> str:
     """Return a fingerprint of the exact values of tensors."""
     return hashlib.sha256(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def gloo_threads() -> int:
+    """Return how many threads gloo has in this process, where the system lists them."""
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
 
 
 def seen(kind: str, configs: list[str], options: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +61,9 @@ def main(jobs: str, folder: str) -> None:
         (Path(folder) / f"{job['name']}_rank{rank}.json").write_text(json.dumps(result))
     if dist.is_initialized():  # only now: gloo may wait forever for a second group under one launch
         dist.destroy_process_group()
+        threads = gloo_threads()
+        gc.collect()  # what still holds the group keeps its threads, and those abort a process that ends before them
+        (Path(folder) / f"threads_of_{rank}.json").write_text(json.dumps([threads, gloo_threads()]))
 
 
 if __name__ == "__main__":
