@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 
-from equireg.augmentation import RandShiftd, RandWarpPaird
+from equireg.augmentation import RandDeformd, RandPaintPaird, RandShiftd, RandWarpPaird
 from equireg.fields import warp
 
 
@@ -90,3 +91,70 @@ def test_rand_warp_pair_scales_with_the_image_and_says_what_it_expects() -> None
         RandWarpPaird([0.1], [3, 6])
     with pytest.raises(ValueError, match="shift expects one number or 2"):
         RandWarpPaird(shift=(1, 2, 3))({"image": torch.rand(1, 8, 8)})
+
+
+# ---- images from label maps
+
+
+def halves(size: int = 24) -> MetaTensor:
+    """Two labels side by side in a box, a third in its middle."""
+    labels = torch.zeros(1, size, size, size)
+    labels[:, 4:12, 4:20, 4:20], labels[:, 12:20, 4:20, 4:20], labels[:, 10:14, 9:15, 9:15] = 1, 2, 3
+    return MetaTensor(labels, affine=affine(2.0))
+
+
+def test_rand_deform_keeps_labels_whole_and_deforms_each_key_on_its_own() -> None:
+    item = {"moving": halves(), "fixed": halves()}
+    out = RandDeformd(["moving", "fixed"]).set_random_state(0)(item)
+    for key in ("moving", "fixed"):
+        assert out[key].unique().tolist() == [0, 1, 2, 3] and torch.equal(out[key].affine, affine(2.0))
+        changed = float((out[key] != item[key]).float().mean())
+        assert 0.02 < changed < 0.5
+    assert not torch.equal(out["moving"], out["fixed"])
+    again = RandDeformd(["moving", "fixed"]).set_random_state(0)(item)
+    assert torch.equal(again["moving"], out["moving"])
+    still = RandDeformd(["moving"], turn=0.0, scale=0.0, sigma=(), points=())(item)
+    assert torch.equal(still["moving"], item["moving"])
+    with pytest.raises(ValueError, match="one sigma per number of points"):
+        RandDeformd(["moving"], sigma=(0.1,), points=(3, 4))
+
+
+def test_rand_deform_turns_and_scales_about_the_center() -> None:
+    transform, size = RandDeformd(["moving"], sigma=(), points=()).set_random_state(3), 25
+    ddf = transform._draw((size, size, size))
+    assert ddf[0, :, 12, 12, 12].abs().max() < 1e-5
+    torch.testing.assert_close(ddf[0, :, 20, 3, 8], -ddf[0, :, 4, 21, 16], atol=1e-5, rtol=0)
+    turned = RandDeformd(["moving"], scale=0.0, sigma=(), points=()).set_random_state(3)._draw((size, size, size))
+    spoke, moved = torch.tensor([8.0, -9.0, -4.0]), turned[0, :, 20, 3, 8]
+    assert torch.dot(moved, spoke).abs() < 1e-3 < moved.norm()  # at right angles: a turn
+
+
+def test_painted_pairs_share_what_is_compared() -> None:
+    item = {"moving": halves(), "fixed": torch.flip(halves(), [1])}
+    paint_pair = RandPaintPaird(groups=[1, 1, 2], masks=2, labels=3, same_contrast=0.0).set_random_state(0)
+    out = paint_pair(item)
+    levels: dict[str, np.ndarray] = {}
+    for key in ("moving", "fixed"):
+        image, carried, labels = out[key], out[f"{key}_carried"], item[key]
+        assert image.shape == (1, 24, 24, 24) and carried.shape == (3, 24, 24, 24)
+        assert torch.equal(image != 0, labels != 0) and torch.equal(image.affine, affine(2.0))
+        one, two, three = (carried[0][labels[0] == label].unique() for label in (1, 2, 3))
+        assert len(one) == len(two) == len(three) == 1 and one == two != three  # groups look alike
+        levels[key] = np.array([image[labels == 1].mean(), image[labels == 3].mean()])
+    assert out["moving_carried"][0].unique().tolist() == out["fixed_carried"][0].unique().tolist()
+    drawn = [
+        {int(item[key][0][mask > 0].unique()) for mask in out[f"{key}_carried"][1:]} for key in ("moving", "fixed")
+    ]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2
+    assert np.abs(levels["moving"] - levels["fixed"]).max() > 0.1  # contrasts of their own
+
+
+def test_painted_pairs_may_share_their_contrast() -> None:
+    for seed in range(5):
+        item = {"moving": halves(), "fixed": halves()}
+        out = RandPaintPaird(groups=[1, 2, 3], labels=3, masks=0, same_contrast=1.0).set_random_state(seed)(item)
+        means = [[float(out[key][item[key] == label].mean()) for label in (1, 2, 3)] for key in ("moving", "fixed")]
+        assert np.abs(np.subtract(*means)).max() < 0.1
+        assert not torch.equal(out["moving"], out["fixed"])  # noise of their own
+    with pytest.raises(ValueError, match="got 4, 3 and 3 groups"):
+        RandPaintPaird(groups=[1, 2, 3], masks=4, labels=3)

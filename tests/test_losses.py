@@ -13,7 +13,7 @@ from scipy.ndimage import correlate1d, map_coordinates
 
 from equireg.fields import identity_grid, invert, warp
 from equireg.handlers import RegularityWarmup
-from equireg.losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, RegistrationLoss
+from equireg.losses import DiffusionLoss, GradICONLoss, LabeledSimilarity, LocalCorrelationLoss, RegistrationLoss
 
 SHAPES = [(23,), (21, 18), (19, 7, 20)]
 
@@ -411,3 +411,25 @@ def test_warmup_rejects():
     loss.consistency_weight = 0.0
     with pytest.raises(ValueError, match=r"weights \(1.0, 0.0\)"):
         RegularityWarmup(loss, 1)
+
+
+# ---- labels beside images
+
+
+def test_labeled_similarity_takes_each_channel_for_what_it_is() -> None:
+    pred, target = torch.rand(2, 5, 6, 7), torch.rand(2, 5, 6, 7)
+    images, labels = torch.nn.MSELoss(), torch.nn.L1Loss()
+    loss = LabeledSimilarity(images, labels, weight=3.0, image_channels=2, unused_channels=1)
+    expected = images(pred[:, 1:3], target[:, 1:3]) + 3.0 * labels(pred[:, 3:], target[:, 3:])
+    torch.testing.assert_close(loss(pred, target), expected)
+    pred[:, 0] += 1
+    torch.testing.assert_close(loss(pred, target), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 3, 8, 9)])
+def test_labeled_similarity_names_what_it_expects(shape: tuple[int, ...]) -> None:
+    loss = LabeledSimilarity(torch.nn.MSELoss(), torch.nn.L1Loss())
+    with pytest.raises(ValueError, match=rf"more than 1 channels, got \[{', '.join(map(str, shape))}\]"):
+        loss(torch.zeros(shape), torch.zeros(1, shape[1], 8, 8))
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        LabeledSimilarity(torch.nn.MSELoss(), torch.nn.L1Loss(), image_channels=0)

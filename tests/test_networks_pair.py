@@ -61,6 +61,21 @@ def test_train_layout(dims: int, shape: tuple[int, ...], channels: int) -> None:
     assert torch.equal(moved_back, warp(fixed, ddf_back, padding="zeros"))
 
 
+def test_carried_channels_are_moved_and_not_seen() -> None:
+    network, image = pair_network(2).train(), stacked((21, 18), channels=3)
+    network.net.eval()
+    network.carried_channels = 2
+    moving, fixed = image[:, :3], image[:, 3:]
+    ddf, moved, ddf_back, moved_back = network(image).split([2, 3, 2, 3], dim=1)
+    assert torch.equal(ddf, network.net(moving[:, :1], fixed[:, :1])) and (ddf != 0).any()
+    assert torch.equal(moved, warp(moving, ddf, padding="zeros"))
+    assert torch.equal(moved_back, warp(fixed, ddf_back, padding="zeros"))
+    alone = torch.cat([moving[:, :1], fixed[:, :1]], dim=1)
+    assert torch.equal(network.eval()(alone)[:, :2], ddf)  # once trained, an image comes without labels
+    with pytest.raises(ValueError, match="carried_channels must be at least 0, got -1"):
+        PairNetwork(network.net, carried_channels=-1)
+
+
 def test_one_way_training_and_networks_without_both() -> None:
     network, image = pair_network(2, two_way=False).train(), stacked((16, 17))
     assert network(image).shape == (1, 3, 16, 17)

@@ -85,6 +85,19 @@ def test_anatomy_refuses_impossible_sizes() -> None:
         synthesis.synthetic_pair((32, 32), rng(0), max_shift=14)
 
 
+def test_given_levels_are_painted() -> None:
+    labels = torch.zeros(1, 30, 30, dtype=torch.uint8)
+    labels[:, 3:15, 3:27], labels[:, 15:27, 3:27] = 1, 2
+    levels = np.array([0.3, 0.8])
+    image = synthesis.paint(labels, rng(0), levels)
+    inside = [float(image[0, rows, 6:24].mean()) for rows in (slice(6, 12), slice(18, 24))]
+    assert inside == pytest.approx(levels, abs=0.1)
+    with pytest.raises(ValueError, match="a level for each of 2 labels, got 1"):
+        synthesis.paint(labels, rng(0), levels[:1])
+    drawn = synthesis.random_levels(20, rng(1))
+    assert drawn.min() > 0.1 and drawn.max() < 1 and len(set(drawn)) == 20
+
+
 def test_paint_tells_labels_apart_and_leaves_background_zero() -> None:
     labels = synthesis.label_map((96, 96), 12, rng(2))
     image = synthesis.paint(labels, rng(2))

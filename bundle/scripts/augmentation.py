@@ -1,4 +1,4 @@
-"""Random transforms that make training pairs: shifts of whole voxels, and smooth warps with a known answer.
+"""Random transforms that make training pairs: shifts of whole voxels, smooth warps, and images painted from label maps.
 
 Items carry no batch axis: images are `(C, *shape)`. A `MetaTensor` keeps its metadata, numpy arrays become tensors.
 """
@@ -13,11 +13,11 @@ import torch
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
 from monai.utils import TransformBackends
 
-from .fields import compose, warp
-from .synthesis import per_axis, shift, smooth_field
+from .fields import compose, identity_grid, warp
+from .synthesis import paint, per_axis, random_levels, shift, smooth_field
 from .transforms import _plain, _with_meta
 
-__all__ = ["RandShiftd", "RandWarpPaird"]
+__all__ = ["RandDeformd", "RandPaintPaird", "RandShiftd", "RandWarpPaird"]
 
 
 class RandShiftd(RandomizableTransform, MapTransform):
@@ -152,4 +152,133 @@ class RandWarpPaird(Randomizable, Transform):
         item[self.moving_key] = _with_meta(values, image)
         item[self.fixed_key] = _with_meta(fixed, image)
         item[self.ddf_key] = ddf[0]
+        return item
+
+
+class RandDeformd(Randomizable, MapTransform):
+    """Turn, scale, shear and smoothly warp each image about its center, each key on its own.
+
+    One nearest-neighbor sampling does it all, so that label maps stay label maps. Content that leaves the canvas is
+    lost: pad first.
+
+    Args:
+        keys: the label maps `(1, *shape)`.
+        turn: standard deviation of the entries of the linear part that turn, without a unit (radians where small).
+        scale: the same of those that scale and shear.
+        sigma: standard deviation of each pass of the smooth warp, as fractions of the shortest side.
+        points: control points along each axis, for each pass.
+        allow_missing_keys: skip keys that are not there.
+
+    Raises:
+        ValueError: if `sigma` and `points` differ in length.
+
+    Example:
+        >>> labels = {"moving": torch.ones(1, 12, 12, 12)}
+        >>> RandDeformd(["moving"]).set_random_state(0)(labels)["moving"].unique().tolist()
+        [0.0, 1.0]
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        turn: float = 0.2,
+        scale: float = 0.08,
+        sigma: Sequence[float] = (0.05, 0.02),
+        points: Sequence[int] = (4, 9),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if len(sigma) != len(points):
+            raise ValueError(f"RandDeformd expects one sigma per number of points, got {sigma} and {points}.")
+        self.turn, self.scale, self.sigma, self.points = turn, scale, tuple(sigma), tuple(points)
+
+    def _draw(self, shape: Sequence[int]) -> torch.Tensor:
+        """Return a ddf `(1, D, *shape)`, voxels."""
+        generator, dims = np.random.default_rng(int(self.R.randint(2**31))), len(shape)
+        noise = generator.standard_normal((2, dims, dims))
+        linear = self.turn * (noise[0] - noise[0].T) / 2**0.5 + self.scale * (noise[1] + noise[1].T) / 2
+        at = identity_grid(list(shape))
+        center = torch.tensor([(size - 1) / 2 for size in shape]).reshape([1, dims] + [1] * dims)
+        ddf = torch.einsum("ij,bj...->bi...", torch.from_numpy(linear).float(), at - center)
+        for sigma, points in zip(self.sigma, self.points):
+            ddf = ddf + smooth_field(shape, points, sigma * min(shape), generator)
+        return ddf
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with every image deformed."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            values = _plain(item[key])
+            warped = warp(values.unsqueeze(0).float(), self._draw(values.shape[1:]), mode="nearest", padding="zeros")
+            item[key] = _with_meta(warped[0].to(values.dtype), item[key])
+        return item
+
+
+class RandPaintPaird(Randomizable, Transform):
+    """Paint the images of a pair from its label maps, with random contrast, and say what to compare where.
+
+    Beside each image stands what a loss can compare whatever the contrast: a painting of its labels in the same levels
+    on both sides, without noise, and the masks of some labels, the same on both sides. Joined to the image, a
+    `PairNetwork(carried_channels=1 + masks)` moves them along and sees the image alone.
+
+    Reference: networks that learn from images synthesized from label maps need no image of the kind they are used on.
+    M. Hoffmann et al., "SynthMorph", IEEE TMI 2022, doi:10.1109/TMI.2021.3116879.
+
+    Args:
+        groups: brightness group, 1, 2, ..., of the labels 1, 2, ...: labels of one group, such as left and right, look
+            alike. 0 makes a label background.
+        same_contrast: probability that both images are painted in the same levels.
+        masks: how many labels to draw.
+        labels: labels to draw from are 1 to this number.
+        keys: moving and fixed: label maps `(1, *shape)` that become images `(1, *shape)`.
+        carried_keys: where the painting and the masks of each go, `(1 + masks, *shape)`.
+
+    Raises:
+        ValueError: if `masks` exceeds `labels`, or `labels` the number of groups.
+
+    Example:
+        >>> item = {key: torch.randint(0, 3, (1, 12, 12)) for key in ("moving", "fixed")}
+        >>> item = RandPaintPaird(groups=[1, 2], masks=1, labels=2).set_random_state(0)(item)
+        >>> item["moving"].shape, item["moving_carried"].shape
+        (torch.Size([1, 12, 12]), torch.Size([2, 12, 12]))
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        groups: Sequence[int],
+        same_contrast: float = 0.5,
+        masks: int = 8,
+        labels: int = 8,
+        keys: Sequence[str] = ("moving", "fixed"),
+        carried_keys: Sequence[str] = ("moving_carried", "fixed_carried"),
+    ) -> None:
+        if not 0 <= masks <= labels <= len(groups):
+            raise ValueError(
+                f"RandPaintPaird expects masks <= labels <= groups, got {masks}, {labels} and {len(groups)} groups."
+            )
+        self.groups = torch.tensor([0, *groups])
+        self.same_contrast, self.masks, self.labels, self.keys = same_contrast, masks, labels, tuple(keys)
+        self.carried_keys = tuple(carried_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of the item with both label maps painted."""
+        item = dict(data)
+        generator = np.random.default_rng(int(self.R.randint(2**31)))
+        count = int(self.groups.max())
+        chosen = torch.from_numpy(1 + generator.permutation(self.labels)[: self.masks])
+        reference = random_levels(count, generator)
+        table = torch.from_numpy(np.concatenate([[0.0], reference])).float()
+        alike = generator.random() < self.same_contrast
+        for key, carried_key in zip(self.keys, self.carried_keys):
+            source = item[key]
+            labels = _plain(source).long()
+            groups = self.groups[labels]
+            image = paint(groups, generator, reference if alike else random_levels(count, generator))
+            masks = (labels == chosen.reshape([-1] + [1] * (labels.dim() - 1))).float()
+            item[key] = _with_meta(image, source)
+            item[carried_key] = _with_meta(torch.cat([table[groups], masks]), source)
         return item

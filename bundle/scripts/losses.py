@@ -18,7 +18,14 @@ from torch.nn.modules.loss import _Loss
 from .fields import full_precision, identity_grid, warp
 from .mind import MINDSSCLoss, check_weight
 
-__all__ = ["DiffusionLoss", "GradICONLoss", "LocalCorrelationLoss", "MINDSSCLoss", "RegistrationLoss"]
+__all__ = [
+    "DiffusionLoss",
+    "GradICONLoss",
+    "LabeledSimilarity",
+    "LocalCorrelationLoss",
+    "MINDSSCLoss",
+    "RegistrationLoss",
+]
 
 
 def _check_ddf(ddf: torch.Tensor, name: str, owner: str, dims: tuple[int, ...]) -> None:
@@ -239,6 +246,68 @@ class GradICONLoss(_Loss):
             ahead[:, axis] += self.step
             total = total + ((error(ahead) - base) / self.step).square().mean()
         return total
+
+
+class LabeledSimilarity(_Loss):
+    """Compare images and, beside them, the segmentations they carry as further channels.
+
+    `images(image channels) + weight * labels(label channels)`. Labels serve training alone: nobody has to draw them for
+    a pair that is registered.
+
+    Args:
+        images: any MONAI loss or callable `f(pred, target)` of the images, for example `LocalCorrelationLoss()`.
+        labels: the same of the segmentations, for example MONAI's `DiceLoss()`.
+        weight: factor of the latter.
+        image_channels: how many channels are the image's; all after them are labels.
+        unused_channels: how many channels before them are not compared.
+
+    Raises:
+        ValueError: for fewer than one image channel; when called, if no channels are left for labels.
+
+    Example:
+        >>> both = LabeledSimilarity(torch.nn.MSELoss(), torch.nn.L1Loss(), weight=2.0)
+        >>> both(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item()
+        3.0
+    """
+
+    def __init__(
+        self,
+        images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        labels: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        weight: float = 1.0,
+        image_channels: int = 1,
+        unused_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        if image_channels < 1 or unused_channels < 0:
+            raise ValueError(
+                f"expected at least 1 image channel and 0 unused ones, got {image_channels} and {unused_channels}."
+            )
+        self.images, self.labels, self.weight = images, labels, weight
+        self.image_channels, self.unused_channels = image_channels, unused_channels
+
+    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compare what was moved with what it should be.
+
+        Args:
+            pred: `(B, C, *spatial)`, unused channels, the image's, then one per label.
+            target: the same of the other image.
+
+        Returns:
+            scalar.
+
+        Raises:
+            ValueError: if the shapes differ, or there are no label channels.
+        """
+        before = self.unused_channels + self.image_channels
+        if pred.shape != target.shape or pred.dim() < 3 or pred.shape[1] <= before:
+            raise ValueError(
+                f"LabeledSimilarity expects two (B, C, *spatial) of one shape with more than {before} channels, "
+                f"got {list(pred.shape)} and {list(target.shape)}."
+            )
+        sizes = [self.unused_channels, self.image_channels, pred.shape[1] - before]
+        (_, image, label), (_, other, other_label) = pred.split(sizes, dim=1), target.split(sizes, dim=1)
+        return self.images(image, other) + self.weight * self.labels(label, other_label)
 
 
 class RegistrationLoss(_Loss):

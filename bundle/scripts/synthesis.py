@@ -20,6 +20,7 @@ __all__ = [
     "label_map",
     "paint",
     "per_axis",
+    "random_levels",
     "shift",
     "smooth_field",
     "smooth_noise",
@@ -285,18 +286,37 @@ def _keep_content(image: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
     return torch.where(content, image.clamp(DARKEST, 1.0), torch.zeros_like(image))
 
 
-def paint(labels: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+def random_levels(count: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw one brightness for each label, all of them distinct.
+
+    Args:
+        count: number of labels.
+        generator: source of the randomness.
+
+    Returns:
+        `(count,)`, about 0.2 to 0.95.
+
+    Example:
+        >>> random_levels(3, np.random.default_rng(0)).shape
+        (3,)
+    """
+    levels = np.linspace(0.2, 0.95, count) if count > 1 else generator.uniform(0.2, 0.95, count)
+    return generator.permutation(levels) + generator.uniform(-0.03, 0.03, count)
+
+
+def paint(labels: torch.Tensor, generator: np.random.Generator, levels: np.ndarray | None = None) -> torch.Tensor:
     """Give every label a random, distinct brightness, with texture, a soft shading, noise and blur inside the content.
 
     Args:
         labels: `(1, *shape)`, integers, 0 is background.
         generator: source of the randomness.
+        levels: brightness of the labels 1, 2, ..., at least as many as there are; random if left out.
 
     Returns:
         `(1, *shape)`, float32, content in (0, 1], background exactly 0.
 
     Raises:
-        ValueError: if labels are negative or not 2D or 3D.
+        ValueError: if labels are negative or not 2D or 3D, or there are too few levels.
 
     Example:
         >>> paint(torch.tensor([[[0, 1], [2, 0]]]), np.random.default_rng(0))[0, 0, 0].item()
@@ -306,8 +326,10 @@ def paint(labels: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
     if dims not in (2, 3) or int(labels.min()) < 0:
         raise ValueError(f"paint expects labels (1, *2D or 3D shape), not negative, got {list(labels.shape)}.")
     count, shape = int(labels.max()), labels.shape[1:]
-    levels = np.linspace(0.2, 0.95, count) if count > 1 else generator.uniform(0.2, 0.95, count)
-    levels = generator.permutation(levels) + generator.uniform(-0.03, 0.03, count)
+    if levels is None:
+        levels = random_levels(count, generator)
+    elif len(levels) < count:
+        raise ValueError(f"paint expects a level for each of {count} labels, got {len(levels)}.")
     content = labels != 0
     image = torch.from_numpy(np.concatenate([[0.0], levels])).float()[labels.long()]
     noise = torch.from_numpy(generator.standard_normal(labels.shape, dtype=np.float32))

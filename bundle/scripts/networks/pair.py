@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..fields import warp
+from .active import is_count
 from .combinators import both
 
 __all__ = ["PairNetwork"]
@@ -24,12 +25,14 @@ class PairNetwork(nn.Module):
     Args:
         net: a network called `net(moving, fixed)`.
         two_way: whether training mode answers in both directions.
+        carried_channels: how many of each image's last channels, in training mode, are labels: the network does not see
+            them, and they are moved as its images are, for a loss that compares them.
         autocast: "bfloat16" runs the convolutions in that type (`torch.autocast`), in eager mode; where the processor
             has instructions for it, training is faster. Attention, coordinates and sampling stay float32; what a U-Net
             adds to them is rounded to 8 bits. An empty text leaves everything in the type of the images.
 
     Raises:
-        ValueError: for another `autocast`.
+        ValueError: for another `autocast`, or fewer carried channels than none.
 
     Example:
         >>> from equireg.networks import DisplacementUNet
@@ -39,13 +42,16 @@ class PairNetwork(nn.Module):
         (torch.Size([2, 6, 8, 8]), torch.Size([2, 3, 8, 8]))
     """
 
-    def __init__(self, net: nn.Module, two_way: bool = True, autocast: str = "") -> None:
+    def __init__(self, net: nn.Module, two_way: bool = True, autocast: str = "", carried_channels: int = 0) -> None:
         super().__init__()
         if autocast not in ("", "bfloat16"):  # float16 would need a scaled loss
             raise ValueError(f"autocast must be 'bfloat16' or empty, got {autocast!r}.")
+        if not is_count(carried_channels, 0):
+            raise ValueError(f"carried_channels must be at least 0, got {carried_channels}.")
         self.net = net
         self.two_way = two_way
         self.autocast = autocast
+        self.carried_channels = carried_channels
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Register a stacked pair.
@@ -69,7 +75,8 @@ class PairNetwork(nn.Module):
         if torch.jit.is_scripting():
             ddf = self.net(moving, fixed)
         else:
-            ddf, ddf_back = self._register(moving, fixed)
+            seen = channels - self.carried_channels if self.training else channels
+            ddf, ddf_back = self._register(moving[:, :seen], fixed[:, :seen])
             if ddf_back is not None:
                 back = warp(fixed, ddf_back, mode="linear", padding="zeros")
                 return torch.cat([ddf, warp(moving, ddf, mode="linear", padding="zeros"), ddf_back, back], dim=1)
