@@ -1,10 +1,10 @@
-"""Compare registration methods on pairs of hippocampi of the Medical Segmentation Decathlon (Task04).
+"""Compare registration methods on pairs of labeled images: hippocampi, or whole brains.
 
-Every method registers the same arrays, the project's own test pairs, normalized and padded to one canvas of 1 mm
+Every method registers the same arrays, the project's own test pairs, normalized and padded to one canvas of isotropic
 voxels, and answers with the same thing, a ddf. That field moves the labels by nearest neighbor, so nothing but the
 field differs between methods. For example
 
-    python bundle/docs/results/hippocampus.py --dataset_dir Task04_Hippocampus --methods unregistered,equireg
+    python bundle/docs/results/compare.py hippocampus --dataset_dir Task04_Hippocampus --methods unregistered,equireg
 
 prints a table and writes `hippocampus_<split>.csv`, a row per pair and method, and `.json`, the summary. The classical
 methods need antspyx 0.6.3, and picsl-greedy 1.4.0.3 with SimpleITK, which the project itself does not depend on.
@@ -15,37 +15,38 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
 import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as default
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import fire
+import nibabel as nib
 import numpy as np
 import torch
-from monai.metrics import compute_dice
-from monai.networks.utils import one_hot
-from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, ResizeWithPadOrCropd
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd, ResizeWithPadOrCropd, Rotated
 from torch.nn.functional import pad
 
 import equireg
 from equireg.data import PairDataset
 from equireg.fields import warp
 from equireg.inferer import RegistrationInferer
-from equireg.lists import decathlon_subjects
+from equireg.lists import decathlon_subjects, image_files
 from equireg.losses import LocalCorrelationLoss, MINDSSCLoss
 from equireg.metrics import folding_fraction
 from equireg.networks import PairNetwork
 from equireg.optimization import FieldOptimization
 from equireg.transforms import NormalizeContentd
 
-CANVAS = (48, 64, 48)
 PAIR_SEEDS = {"training": 0, "validation": 1000003, "test": 2000003}  # the draws of the bundle's configs
 PAIR_KEYS = ("moving", "fixed", "moving_label", "fixed_label")
 ANTS_TYPES = {"ants_affine": "SyN", "ants": "SyNOnly"}  # affine then SyN, and SyN alone from the identity
@@ -60,8 +61,40 @@ GREEDY_STEPS = (
     "-i fixed moving -a -ia-image-centers -m NCC 2x2x2 -n 100x50x10 -seed 1 -o affine",
     "-i fixed moving -it affine -m NCC 2x2x2 -n 100x50x20 -seed 1 -o warp",
 )
-MEASURES = ("dice_anterior", "dice_posterior", "dice", "folding", "seconds")
-COLUMNS = ("pair", "moving", "fixed", "method", *MEASURES)
+
+
+def _brains(dataset_dir: str | Path, split: str) -> list[dict[str, str]]:
+    """List brains that no network is trained on: 5 for choices, 10 for the test."""
+    files = image_files(dataset_dir, ["images/*.nii.gz"], r"(\d+)\.nii", split, fractions=(0.0, 1 / 3))
+    return [{"image": f["image"], "label": f["image"].replace("/images/", "/labels/")} for f in files]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of labeled images.
+
+    Args:
+        title: of the data.
+        canvas: what every image is padded or cropped to, voxels.
+        subjects: lists the images of a folder and a split.
+        regions: labels that have a column of their own.
+    """
+
+    title: str
+    canvas: tuple[int, int, int]
+    subjects: Callable[[str | Path, str], list[dict[str, str]]]
+    regions: Mapping[str, int] = default(default_factory=dict)
+
+
+DATA = {
+    "hippocampus": Images(
+        "Medical Segmentation Decathlon, Task04_Hippocampus",
+        (48, 64, 48),
+        decathlon_subjects,
+        {"dice_anterior": 1, "dice_posterior": 2},
+    ),
+    "brain": Images("OASIS brains of the MICCAI 2012 challenge, 2 mm", (80, 96, 80), _brains),
+}
 
 # Takes moving and fixed, both (1, 1, *canvas), and returns a function that gives the ddf (1, 3, *canvas), voxels.
 # Only the first call is timed: the second may have to read the result from a file.
@@ -151,13 +184,28 @@ def registration(method: str, weights: str, threads: int) -> Registration:
     raise ValueError(f"expected a method of {', '.join(known)}, got '{method}'.")
 
 
-def pairs(dataset_dir: str | Path, split: str, num_pairs: int) -> PairDataset:
+def pairs(data: Images, dataset_dir: str | Path, split: str, num_pairs: int) -> PairDataset:
     """Return the project's own pairs of a split, prepared as its configs prepare them."""
     keys = ["image", "label"]
     oriented = [LoadImaged(keys), EnsureChannelFirstd(keys), Orientationd(keys, axcodes="RAS", labels=None)]
     load = Compose([*oriented, NormalizeContentd("image")])
-    fit = ResizeWithPadOrCropd(PAIR_KEYS, CANVAS)
-    return PairDataset(decathlon_subjects(dataset_dir, split), load, fit, num_pairs=num_pairs, seed=PAIR_SEEDS[split])
+    fit = ResizeWithPadOrCropd(PAIR_KEYS, data.canvas)
+    return PairDataset(data.subjects(dataset_dir, split), load, fit, num_pairs=num_pairs, seed=PAIR_SEEDS[split])
+
+
+def common_labels(data: Images, dataset_dir: str | Path) -> list[int]:
+    """Return the labels that every subject of all splits has, without background."""
+    subjects = [subject for split in PAIR_SEEDS for subject in data.subjects(dataset_dir, split)]
+    found = [set(np.unique(np.asarray(nib.load(subject["label"]).dataobj)).astype(int)) for subject in subjects]
+    return sorted(set.intersection(*found) - {0})
+
+
+def label_dice(moved: torch.Tensor, fixed: torch.Tensor, labels: Sequence[int]) -> dict[int, float]:
+    """Return the Dice overlap of each label, from counts: a mask for each of 132 would not be quick."""
+    moved, fixed = moved.flatten().long(), fixed.flatten().long()
+    size = 1 + max(int(moved.max()), int(fixed.max()), *labels)
+    both, one, other = (torch.bincount(x, minlength=size) for x in (moved[moved == fixed], moved, fixed))
+    return {label: float(2 * both[label] / (one[label] + other[label])) for label in labels}
 
 
 def shifted(item: Mapping[str, Any], shift: int) -> dict[str, torch.Tensor]:
@@ -175,35 +223,96 @@ def shifted(item: Mapping[str, Any], shift: int) -> dict[str, torch.Tensor]:
     return {key: pad(torch.as_tensor(np.asarray(item[key]))[None], (0, 0, 0, 0, *ends[key])) for key in PAIR_KEYS}
 
 
-def measure(register: Registration, images: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Register one pair; return Dice of each label and their mean, the share of folded cells, and the seconds."""
+def turned(item: Mapping[str, Any], degrees: float) -> dict[str, Any]:
+    """Turn the moving image and label about the third axis, on a canvas that holds the turned corners too.
+
+    Args:
+        item: `PAIR_KEYS`, each `(1, *canvas)`.
+        degrees: angle.
+
+    Returns:
+        The same keys, each `(1, *larger canvas)`, centers where they were.
+    """
+    if degrees == 0:
+        return dict(item)
+    first, second, third = item["moving"].shape[1:]
+    side = 2 * math.ceil(math.hypot(first, second) / 2)
+    room: Any = ResizeWithPadOrCropd(PAIR_KEYS, (side, side, third))
+    turn: Any = Rotated(
+        PAIR_KEYS[0::2], (0.0, 0.0, math.radians(degrees)), mode=("bilinear", "nearest"), padding_mode="zeros"
+    )
+    answer: dict[str, Any] = turn(room(dict(item)))
+    return answer
+
+
+def cropped(item: Mapping[str, Any], fraction: float, side: str, seed: int) -> dict[str, Any]:
+    """Empty one image outside a random box that holds all its labels.
+
+    Args:
+        item: `PAIR_KEYS`, each `(1, *canvas)`.
+        fraction: side lengths of the box over those of the image's content, where the labels do not need more.
+        side: "moving" or "fixed".
+        seed: of the place of the box.
+
+    Returns:
+        The same keys, one image changed.
+    """
+    if fraction >= 1:
+        return dict(item)
+    image, box = torch.as_tensor(np.asarray(item[side])), torch.zeros(item[side].shape)
+    content, labels = (
+        torch.nonzero(values[0]) for values in (image, torch.as_tensor(np.asarray(item[f"{side}_label"])))
+    )
+    generator, where = np.random.default_rng([seed, 7]), [slice(None)]
+    for axis in range(3):
+        least, most = int(labels[:, axis].min()), int(labels[:, axis].max()) + 1
+        start, stop = int(content[:, axis].min()), int(content[:, axis].max()) + 1
+        size = max(most - least, round(fraction * (stop - start)))
+        first = int(generator.integers(max(start, most - size), min(least, stop - size) + 1))
+        where.append(slice(first, first + size))
+    box[tuple(where)] = 1
+    return {**item, side: image * box}
+
+
+def measure(
+    register: Registration, images: Mapping[str, torch.Tensor], labels: Sequence[int], regions: Mapping[str, int]
+) -> dict[str, float]:
+    """Register one pair; return Dice of each region, the mean of all labels, the share of folded cells, and seconds."""
     start = time.perf_counter()
-    field = register(images["moving"], images["fixed"])
+    answer = register(images["moving"], images["fixed"])
     seconds = time.perf_counter() - start
-    ddf = field()
+    ddf = answer()
     moved = warp(images["moving_label"], ddf, mode="nearest", padding="zeros")
-    moved, fixed = (one_hot(labels, num_classes=3) for labels in (moved, images["fixed_label"]))
-    anterior, posterior = compute_dice(moved, fixed, include_background=False)[0].tolist()
-    dice = {"dice_anterior": anterior, "dice_posterior": posterior, "dice": (anterior + posterior) / 2}
-    return {**dice, "folding": folding_fraction(ddf).item(), "seconds": seconds}
+    dice = label_dice(moved, images["fixed_label"], labels)
+    named = {name: dice[label] for name, label in regions.items()}
+    return {
+        **named,
+        "dice": float(np.mean(list(dice.values()))),
+        "folding": folding_fraction(ddf).item(),
+        "seconds": seconds,
+    }
 
 
-def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def summarize(rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return for each method the mean and standard deviation over pairs of every measure, and the median seconds."""
     summary: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
-        values = {key: np.array([row[key] for row in rows if row["method"] == method]) for key in MEASURES}
-        summary[method] = {f"{key}_mean": float(values[key].mean()) for key in MEASURES[:-1]}
-        summary[method] |= {f"{key}_sd": float(values[key].std(ddof=1)) for key in MEASURES[:-1]}
+        values = {
+            key: np.array([row[key] for row in rows if row["method"] == method]) for key in (*measures, "seconds")
+        }
+        summary[method] = {f"{key}_mean": float(values[key].mean()) for key in measures}
+        summary[method] |= {f"{key}_sd": float(values[key].std(ddof=1)) for key in measures}
         summary[method]["seconds_median"] = float(np.median(values["seconds"]))
     return summary
 
 
-def table(summary: Mapping[str, Mapping[str, float]]) -> str:
+def table(summary: Mapping[str, Mapping[str, float]], measures: Sequence[str]) -> str:
     """Return the summary as a Markdown table."""
-    lines = ["| method | Dice anterior | Dice posterior | mean Dice | folded | seconds |", "|---|---|---|---|---|---|"]
+    overlaps = [name for name in measures if name != "folding"]
+    titles = ["method", *(name.replace("dice_", "Dice ").replace("dice", "mean Dice") for name in overlaps)]
+    lines = [f"| {' | '.join([*titles, 'folded', 'seconds'])} |", "|---" * (len(titles) + 2) + "|"]
     for method, row in summary.items():
-        dice = [f"{row[f'{key}_mean']:.3f} ± {row[f'{key}_sd']:.3f}" for key in MEASURES[:3]]
+        dice = [f"{row[f'{key}_mean']:.3f} ± {row[f'{key}_sd']:.3f}" for key in overlaps]
         cells = [method, *dice, f"{row['folding_mean']:.3%}", f"{row['seconds_median']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -221,64 +330,82 @@ def provenance(threads: int) -> dict[str, Any]:
 
 
 def main(
+    data: str,
     dataset_dir: str,
     methods: str | Sequence[str] = ("unregistered", "equireg", "ants_affine", "ants", "greedy"),
-    weights: str = "hippocampus",
+    weights: str = "",
     num_pairs: int = 50,
     split: str = "test",
     shift: int = 0,
+    turn: float = 0,
+    crop: float = 1,
+    crop_side: str = "moving",
     threads: int = 1,
     output_dir: str = "output",
 ) -> None:
-    """Register pairs of hippocampi with several methods; print a table, write a CSV and a JSON file.
+    """Register pairs of images with several methods; print a table, write a CSV and a JSON file.
 
     Args:
-        dataset_dir: folder of Task04_Hippocampus, with its `dataset.json`.
+        data: hippocampus or brain.
+        dataset_dir: its folder: Task04_Hippocampus with its `dataset.json`, or brains in `images` and `labels`.
         methods: names separated by commas: unregistered, equireg, ants_affine, ants, greedy.
-        weights: name of shipped weights or path of a weights file, for equireg.
+        weights: name of shipped weights or path of a weights file, for equireg; those named as the data if left out.
         num_pairs: how many ordered pairs of different subjects, of those of the split.
         split: "training", "validation" or "test".
         shift: move the moving image and its label by so many voxels along the first axis, on a longer canvas.
+        turn: turn the moving image and its label by so many degrees about the third axis.
+        crop: empty one image outside a random box of this fraction of its sides that holds its labels.
+        crop_side: which one, moving or fixed.
         threads: threads of every method.
         output_dir: where the files go.
     """
+    if data not in DATA:
+        raise ValueError(f"expected data of {', '.join(DATA)}, got '{data}'.")
     torch.set_num_threads(threads)
     # Both are read when the libraries start, so they are set before the first of them is imported.
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(threads)
     os.environ.setdefault("ANTS_RANDOM_SEED", "1")
     tqdm = _need("tqdm", "tqdm").tqdm
     names = methods.replace(" ", "").split(",") if isinstance(methods, str) else list(methods)
-    registers = {name: registration(name, weights, threads) for name in names}
-    dataset = pairs(dataset_dir, split, num_pairs)
+    registers = {name: registration(name, weights or data, threads) for name in names}
+    dataset, regions = pairs(DATA[data], dataset_dir, split, num_pairs), DATA[data].regions
+    labels, measures = common_labels(DATA[data], dataset_dir), (*regions, "dice", "folding")
 
-    first = shifted(dataset[0], shift)
+    def images_of(number: int) -> dict[str, torch.Tensor]:
+        return shifted(turned(cropped(dataset[number], crop, crop_side, number), turn), shift)
+
+    first = images_of(0)
     for register in registers.values():  # the first call of a library is slower than the others
-        measure(register, first)
+        measure(register, first, labels, regions)
 
-    path = Path(output_dir, f"hippocampus_{split}" + (f"_shift{shift}" if shift else ""))
+    moves = {"shift": (shift, 0), "turn": (turn, 0), f"crop_{crop_side}": (crop, 1)}
+    suffix = "".join(f"_{name}{value:g}" for name, (value, still) in moves.items() if value != still)
+    path = Path(output_dir, f"{data}_{split}" + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+    with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ("pair", "moving", "fixed", "method", *measures, "seconds"))
         writer.writeheader()
         for number in tqdm(range(len(dataset)), desc="pairs"):
             item = dataset[number]
             subjects = {k: Path(item[k].meta["filename_or_obj"]).name.split(".")[0] for k in ("moving", "fixed")}
-            images = shifted(item, shift)
+            images = images_of(number)
             for method, register in registers.items():
-                rows.append({"pair": number, **subjects, "method": method, **measure(register, images)})
+                rows.append(
+                    {"pair": number, **subjects, "method": method, **measure(register, images, labels, regions)}
+                )
                 writer.writerow(rows[-1])
             stream.flush()
-    summary = summarize(rows)
+    summary = summarize(rows, measures)
     report = {
-        "data": f"Medical Segmentation Decathlon, Task04_Hippocampus, {len(dataset)} pairs of the {split} split",
-        "shift": shift,
-        "settings": {"equireg": Path(weights).name, **ANTS_TYPES, "greedy": GREEDY_STEPS},
+        "data": f"{DATA[data].title}, {len(dataset)} pairs of the {split} split, {len(labels)} labels",
+        **{name: value for name, (value, _) in moves.items()},
+        "settings": {"equireg": Path(weights or data).name, **ANTS_TYPES, "greedy": GREEDY_STEPS},
         **provenance(threads),
         "summary": summary,
     }
-    path.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(table(summary))
+    path.with_name(f"{path.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(table(summary, measures))
 
 
 if __name__ == "__main__":
