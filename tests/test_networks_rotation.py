@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers_networks import SMALL, blocks, content, place, randomized, sharpened, spread
 
 from equireg.equivariance import error_map
@@ -241,3 +242,20 @@ def test_the_whole_network_follows_turns_of_the_moving_image_where_its_content_i
     for perm, signs in rotation_group(2, "grid"):
         errors = error_map(net, moving, fixed, rotation(turn_matrix(perm, signs), moving.shape[2:]))
         assert errors[fixed[:, 0] != 0].max() < 1e-12
+
+
+@pytest.mark.parametrize(("dims", "shape"), [(2, (40, 36)), (3, (14, 12, 13))])
+def test_features_lose_what_all_voxels_share(dims: int, shape: tuple[int, ...]) -> None:
+    """What is the same at all voxels tells no two of them apart."""
+    torch.manual_seed(0)
+    network = CoordinateAttention(dims, feature_channels=16, rotation_group="grid", padding=0).train()
+    image = torch.rand(1, 1, *shape) + 0.1
+    active = torch.ones_like(image)
+    plain = torch.zeros(1, 16, *shape)
+    for perm, signs in network.turns:
+        plain += turn_back(network.encoder(turn(image, perm, signs), turn(active, perm, signs)), perm, signs)
+
+    def shared(features: torch.Tensor) -> float:
+        return F.normalize(features, dim=1).flatten(2).mean(dim=2).norm().item()
+
+    assert 2 * shared(network._features(image, active)) < shared(plain)

@@ -5,9 +5,9 @@
 with the folder of `retina.py` trains every network that the results file does not have yet, scores it with the moving
 eye turned by each angle, adds a row per angle to the file, prints the table and draws it. The networks with turns have
 features averaged over the turns of the grid and see both images of a training pair turned at random, which is undone
-around the network before the loss: so regularity is judged between upright images. Attention with turns starts from the
-weights without, while angles grow: first they are multiples of 90 degrees, in the end anything from 0 to 360. A hybrid
-starts from the attention of its kind, with all angles at once, and is trained as a whole.
+around the network before the loss: so regularity is judged between upright images. For attention angles grow: first
+they are multiples of 90 degrees, in the end anything from 0 to 360. A hybrid starts from the attention of its kind,
+with all angles at once, and is trained as a whole.
 """
 
 from __future__ import annotations
@@ -127,19 +127,16 @@ def train(
 ) -> nn.Module:
     """Train a network as in `retina.py`, but for the turns and what it starts from.
 
-    Attention with turns goes on from the one without, and a hybrid from the attention of its kind: in either case one
-    of the folder, or else one that is trained here.
+    A hybrid goes on from the attention of its kind: one of the folder, or else one that is trained here.
     """
-    turns = name.endswith("turns")
-    start = name.replace("hybrid", "attention only") if name.startswith("hybrid") else name.removesuffix(", turns")
+    turns, start = name.endswith("turns"), name.replace("hybrid", "attention only")
     set_determinism(seed)
     net = build(name, features)
     if start != name:
         file = weights_file(start, features, seed, weights_dir)
         known = file is not None and file.exists()
         weights = torch.load(file) if known else train(start, features, images, seed, weights_dir).state_dict()
-        first = net.first.first if name.startswith("hybrid") else net
-        first.load_state_dict(weights)
+        net.first.first.load_state_dict(weights)
         set_determinism(seed)
     network = Turning(net, seed, growing=name != "hybrid, turns") if turns else PairNetwork(net)
     retina.fit(network, pairs(images, seed, 1_000_000), seed)
@@ -184,6 +181,7 @@ def evaluate(net: nn.Module, images: list[dict[str, torch.Tensor]], angle: float
 def main(
     dataset_dir: str,
     seeds: int = 1,
+    first_seed: int = 0,
     networks: tuple[str, ...] = NETWORKS,
     angles: tuple[float, ...] = tuple(range(0, 360, 15)),
     features: int = 128,
@@ -197,6 +195,7 @@ def main(
     Args:
         dataset_dir: folder of the vessel masks, see `retina.py`.
         seeds: networks of each kind.
+        first_seed: the least of their seeds.
         networks: which, of "attention only" and "hybrid", with ", turns" behind for turns in training.
         angles: of the moving image, degrees.
         features: width of the attention's features.
@@ -208,7 +207,7 @@ def main(
     path = Path(results)
     training, test = retina.eyes(dataset_dir, "training"), retina.eyes(dataset_dir, "test")
     training += [{"image": item["image"].flip(1)} for item in training]
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         for name in networks:
             done = {(row["network"], row["features"], row["seed"]) for row in retina.read(path)}
             if (name, str(features), str(seed)) in done:

@@ -85,10 +85,11 @@ class CoordinateAttention(nn.Module):
     the moving content's bounding box, grown by `padding`, so the answer follows exactly. Outside the bounding box of
     the fixed content the displacement of the nearest voxel inside continues.
 
-    With a `rotation_group`, features are the mean over all turns of the image by the group, turned back: they follow
-    the image when it turns by a member of the group, and the answer to such turns of either image is exact as well,
-    provided that the fixed content spans two voxels along each axis. Outside it the answer then goes on along the
-    affine map that fits it best, since a continued displacement does not turn. It costs an encoder pass for each turn.
+    With a `rotation_group`, features are the mean over all turns of the image by the group, turned back, less what they
+    have in common on the active set. They follow the image when it turns by a member of the group, and the answer to
+    such turns of either image is exact as well, provided that the fixed content spans two voxels along each axis.
+    Outside it the answer then goes on along the affine map that fits it best, since a continued displacement does not
+    turn. It costs an encoder pass for each turn.
 
     Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025,
     https://arxiv.org/abs/2405.16738.
@@ -210,7 +211,12 @@ class CoordinateAttention(nn.Module):
         for perm, signs in self.turns[1:]:
             turned = self.encoder(turn(padded, perm, signs), turn(active, perm, signs))
             features = features + turn_back(turned, perm, signs)
-        return to_length(features / len(self.turns), 4.0)
+        # Averaging over turns keeps what all voxels share and loses much of what tells them apart: with the former,
+        # trainings from some seeds never left an attention that answers the center of the content.
+        axes = [2 + k for k in range(self.spatial_dims)]
+        count = active.sum(dim=axes, keepdim=True).clamp(min=1.0)
+        features = features - (features * active).sum(dim=axes, keepdim=True) / count
+        return to_length(features, 4.0)
 
     def _match(
         self,
