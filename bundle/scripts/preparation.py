@@ -68,13 +68,21 @@ def network_axes(
     axes, signs = nearest_order(matrix, torch.eye(dims + 1), dims)
     steps = matrix[:dims, axes] * torch.tensor(signs, dtype=torch.float64)
     if spacing is not None:
-        numbers = [spacing] * dims if isinstance(spacing, (int, float)) else list(spacing)
-        if len(numbers) != dims or not all(0 < number < float("inf") for number in numbers):
-            raise ValueError(f"the network's spacing should be {dims} positive numbers, got {spacing}.")
-        own, wanted = steps.norm(dim=0), torch.tensor(numbers, dtype=torch.float64)
+        own, wanted = steps.norm(dim=0), _positive(spacing, dims)
         steps = steps / own * torch.where((own / wanted - 1).abs() < _SAME_SPACING, own, wanted)
     matrix[:dims, :dims], matrix[:dims, dims] = steps, 0.0
     return matrix
+
+
+def _positive(spacing: Sequence[float] | float, dims: int) -> torch.Tensor:
+    """Return a spacing along each axis, `(D)`, float64."""
+    try:
+        numbers = torch.as_tensor(spacing, dtype=torch.float64).expand(dims)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # what is no number, or not one for each axis
+        numbers = torch.full((dims,), math.nan)
+    if not bool((numbers > 0).all() and numbers.isfinite().all()):
+        raise ValueError(f"the network's spacing should be {dims} positive numbers, got {spacing!r}.")
+    return numbers
 
 
 def network_image(
@@ -136,6 +144,9 @@ def _resampled(image: MetaTensor, inside: torch.Tensor, axes_affine: torch.Tenso
     affine, shape = covering_grid(field_affine(image), image.shape[1:], axes_affine, dims)
     _of_size(image, shape)
     coarser = (axes_affine[:dims, :dims].norm(dim=0)) / field_affine(image)[:dims, :dims].norm(dim=0)
+    # Of a filter ten times as wide as the image less than `_CONTENT_SHARE` lies inside; it may be too large to make.
+    if bool((coarser > 10 * torch.tensor(image.shape[1:])).any()):
+        raise _nothing_left(image)
     sigmas = (coarser**2 - 1).clamp(min=0).sqrt() / (2 * math.sqrt(2 * math.log(2)))
     both = torch.empty(image.shape[0] + 1, *image.shape[1:], device=image.device)
     both[:-1], both[-1:] = _plain(image), inside
@@ -145,8 +156,12 @@ def _resampled(image: MetaTensor, inside: torch.Tensor, axes_affine: torch.Tenso
     values, share = _plain(sampled[:-1]), _plain(sampled[-1:])
     values = torch.where(share >= _CONTENT_SHARE, values.clamp(DARKEST, 1.0), 0.0)
     if not bool(values.any()):
-        raise ValueError(f"nothing is left of {_name(image)} at the network's spacing: it should be smaller.")
+        raise _nothing_left(image)
     return _placed(values, affine, image)
+
+
+def _nothing_left(image: MetaTensor) -> ValueError:
+    return ValueError(f"nothing is left of {_name(image)} at the network's spacing: it should be smaller.")
 
 
 def _box(inside: torch.Tensor) -> tuple[slice, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 import operator
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,8 +143,9 @@ class Registrar:
         if not hasattr(optimize, "__index__") or isinstance(optimize, bool) or optimize < 0:
             raise ValueError(f"optimize is a number of steps, 0 or more, got {optimize!r}.")
         optimize = operator.index(optimize)
-        for value in (background, fixed_background):
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        backgrounds = (background, background if fixed_background is None else fixed_background)
+        for value in backgrounds:
+            if not (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max):
                 raise ValueError(f"the background is a number, got {value!r}.")
         record: dict[str, Any] = {"name": type(weights).__name__}
         if isinstance(weights, nn.Module):
@@ -157,10 +158,10 @@ class Registrar:
         self.device = _device(device)
         self.network = PairNetwork(network.to(self.device)).eval()
         self.spatial_dims = int(network.spatial_dims)  # type: ignore[arg-type]
-        self.background = float(background)
+        backgrounds = (float(backgrounds[0]), float(backgrounds[1]))
+        self.background = backgrounds[0]
         self.similarity = LocalCorrelationLoss(sigma=2.0) if similarity == "lncc" else MINDSSCLoss(radius=1, dilation=1)
         spacing = record.get("spacing_mm") if spacing is None else spacing
-        backgrounds = (self.background, self.background if fixed_background is None else float(fixed_background))
         self.prepare = PreparePaird(spacing=spacing, background=backgrounds)
         self.optimization: Callable[..., torch.Tensor] | None = None
         if optimize:
@@ -259,7 +260,7 @@ def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (TypeError, RuntimeError, AssertionError) as error:  # no name, unknown, no GPU
         raise ValueError(
             f"the device '{name}' cannot be used here: expected cpu, or cuda where there is a GPU."
         ) from error
