@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,12 @@ from helpers_bundle import decathlon_folder, save_image
 from test_bundle import check_field, oblique, stored_as
 from test_registration import anatomy
 
+import equireg
+
 pytest.importorskip("monailabel", reason="needs MONAI Label: make label")
-from monailabel.client.client import MONAILabelClient, MONAILabelClientException  # after the skip
+from fastapi import HTTPException  # after the skip
+from monailabel.client.client import MONAILabelClient, MONAILabelClientException
+from monailabel.interfaces.app import MONAILabelApp
 
 START, TRAIN = 120, 300  # seconds after which a server, or a training, is taken for hanging
 
@@ -193,6 +200,8 @@ def test_our_app_registers_by_ids(own_server: Served, images: Path) -> None:
         ("register", "fixed", {"moving": "moving", "optimize": -1}, "optimize is a number of steps"),
         ("register", "fixed", {"moving": "moving", "weights": "none"}, "no weights 'none'"),
         ("register", "fixed", {"moving": "moving", "answer": "ddf"}, "the answer is one of moved, "),
+        ("register", "fixed", {"moving": "moving", "exports": 5}, "exports are a list of any of h5, "),
+        ("none", "fixed", {"moving": "moving"}, "the model is one of register, propagate"),
         ("propagate", "fixed", {"moving": "fixed"}, "the moving image 'fixed' has no final label"),
     ],
 )
@@ -204,6 +213,85 @@ def test_our_app_says_what_is_wrong(
     with pytest.raises(MONAILabelClientException) as caught:
         own_server.client.infer(model, fixed, params)
     assert "Status: 400" in caught.value.msg and message in caught.value.msg
+
+
+@pytest.fixture(scope="module")
+def own_app(root: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> MONAILabelApp:
+    """Return our own app without a server, with both images in its datastore and the moving one labeled."""
+    folder = tmp_path_factory.mktemp("own_app")
+    script = root / "bundle" / "docs" / "hosts" / "label_app" / "main.py"
+    spec = importlib.util.spec_from_file_location("label_app_main", script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (folder / "studies").mkdir()
+    app = module.EquiregApp(str(folder), str(folder / "studies"), {})
+    for name in ("moving", "fixed"):
+        app.datastore().add_image(name, str(images / f"{name}.nii.gz"), {})
+    segments = ["unnamed", {"name": "no value"}, {"name": "bright cells", "idx": 1}]
+    app.datastore().save_label("moving", str(images / "moving_label.nii.gz"), "final", {"label_info": segments})
+    return app
+
+
+def test_requests_for_one_pair_share_no_file(own_app: MONAILabelApp) -> None:
+    asked = [{}, {"optimize": 3}, {"optimize": 5, "exports": ["h5"]}, {"answer": "fixed_to_moving"}]
+    requests = [{"model": "register", "image": "fixed", "moving": "moving", **options} for options in asked]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(own_app.infer, requests))
+    paths = [path for answer in answers for path in (answer["file"], *answer["params"]["files"].values())]
+    assert len(set(paths)) == len(paths)
+    for options, answer in zip(asked, answers):
+        files = {what: Path(path) for what, path in answer["params"]["files"].items()}
+        report = json.loads(files["report"].read_text())
+        assert report["options"]["optimize"] == answer["params"]["options"]["optimize"] == options.get("optimize", 0)
+        assert report["exports"] == options.get("exports", []) and all(path.is_file() for path in files.values())
+        assert Path(answer["file"]).read_bytes() == files[options.get("answer", "moved")].read_bytes()
+        assert answer["params"]["label_names"] == {"bright cells": 1}
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"moving": None}, "the datastore has no image None: choose the moving image by its id"),
+        ({"moving": ["moving"]}, r"the datastore has no image \['moving'\]"),
+        ({"image": 5}, "the datastore has no image 5: choose the fixed image by its id"),
+        ({"model": ["register"]}, r"the model is one of register, propagate, got \['register'\]"),
+        ({"answer": ["moved"]}, r"the answer is one of moved, .*, got \['moved'\]"),
+        ({"exports": "h5"}, "exports are a list of any of h5, affine, learn2reg, got 'h5'"),
+        ({"exports": [["h5"]]}, r"exports are a list of any of h5, .*, got \[\['h5'\]\]"),
+        ({"exports": ["h6"]}, "exports are any of h5, .*, got h6"),
+        ({"device": None}, "the device 'None' cannot be used here"),
+        ({"spacing": ["a", "b", "c"]}, "spacing should be 3 positive numbers"),
+        ({"optimize": "50"}, "optimize is a number of steps, 0 or more, got '50'"),
+        ({"weights": "vessels"}, "2D"),
+        ({"background": None}, "the background is a number, got None"),
+    ],
+)
+def test_a_bad_request_gets_one_sentence(request_: dict[str, Any], message: str, own_app: MONAILabelApp) -> None:
+    """Whatever JSON can hold in place of what is expected; nothing is left behind."""
+    results = Path(own_app.app_dir) / "results"
+    before = set(results.rglob("*"))
+    with pytest.raises(HTTPException, match=message) as caught:
+        own_app.infer({"model": "register", "image": "fixed", "moving": "moving", **request_})
+    assert caught.value.status_code == 400 and "\n" not in caught.value.detail
+    assert set(results.rglob("*")) == before
+
+
+@pytest.mark.parametrize("part", ["register", "save_registration"])
+def test_what_fails_unexpectedly_is_no_bad_request(
+    part: str, own_app: MONAILabelApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MONAI Label answers such errors with status 500, and logs them."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device") if part == "save_registration" else RuntimeError("a bug")
+
+    if part == "register":
+        monkeypatch.setattr(equireg, part, fail)
+    else:
+        monkeypatch.setitem(type(own_app).infer.__globals__, part, fail)
+    with pytest.raises((OSError, RuntimeError), match="No space left|a bug"):
+        own_app.infer({"model": "register", "image": "fixed", "moving": "moving"})
 
 
 def test_our_app_brings_a_label_over(own_server: Served, images: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,19 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 import equireg
 from equireg.lists import result_name
 from equireg.registration import Registrar
-from equireg.results import save_registration
+from equireg.results import EXPORTS, check_results, save_registration
 
 
 class RegistrationTask(InferTask):
     """Register one image of the datastore to another.
 
     A request holds the ids `moving` and `fixed`, and perhaps options of `equireg.register`, `exports`, and as `answer`
-    the result to send, such as "fixed_to_moving". Final labels of the images come along. What is wrong with a request
-    is answered with status 400 and one sentence.
+    the result to send, such as "fixed_to_moving". Final labels of the images come along. Requests share no file, and
+    what is wrong with one is answered with status 400 and one sentence.
 
     Args:
         datastore: where the images are.
-        folder: where results go, one folder per pair.
+        folder: where results go, one folder per request.
         weights: name or path of the weights that a request gets if it names none.
         output: the result to send if a request does not say, "moved" or "moved_label".
         type: what MONAI Label's clients take the result for.
@@ -56,17 +57,19 @@ class RegistrationTask(InferTask):
 
     def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return a file, which the server deletes once it is sent, and the report with the paths of all results."""
-        options = {name: request[name] for name in Registrar.OPTIONS if name in request}
         try:
-            sources = self._sources(request)
+            sources, exports = self._sources(request), self._exports(request)
+            options = {name: request[name] for name in Registrar.OPTIONS if name in request}
             result = equireg.register(**sources, **{"weights": self.weights, **options})
-            folder = self.folder / result_name([sources["moving"], sources["fixed"]])
-            files = save_registration(result, folder, exports=request.get("exports", ()))
-            answer = request.get("answer", self.output)
-            if answer not in files:
-                raise ValueError(f"the answer is one of {', '.join(files)}, got '{answer}'.")
         except (ValueError, FileNotFoundError, ImportError) as error:
             raise HTTPException(400, str(error)) from error
+        name = result_name([sources["moving"], sources["fixed"]])
+        folder = self.folder / f"{name}_{uuid.uuid4().hex}"  # others may ask for this pair at this moment
+        files = save_registration(result, folder, exports)
+        answer = request.get("answer", self.output)
+        if answer not in list(files):
+            shutil.rmtree(folder)
+            raise HTTPException(400, f"the answer is one of {', '.join(files)}, got {answer!r}.")
         report = json.loads(files["report"].read_text())
         report["files"] = {what: str(path) for what, path in files.items()}
         report["label_names"] = self._label_names(request["moving"])
@@ -79,10 +82,10 @@ class RegistrationTask(InferTask):
         """Return the files of a pair, images and final labels."""
         sources = {}
         for role in ("moving", "fixed"):
-            image = request.get(role) or ""
-            sources[role] = self.datastore.get_image_uri(image)
+            image = request.get(role, "")
+            sources[role] = self.datastore.get_image_uri(image) if isinstance(image, str) else ""
             if not sources[role]:
-                raise ValueError(f"the datastore has no image '{image}': choose the {role} image by its id.")
+                raise ValueError(f"the datastore has no image {image!r}: choose the {role} image by its id.")
             label = self.datastore.get_label_uri(image, DefaultLabelTag.FINAL)
             if label:
                 sources[f"{role}_label"] = label
@@ -90,10 +93,19 @@ class RegistrationTask(InferTask):
             raise ValueError(f"the moving image '{request['moving']}' has no final label that could be brought over.")
         return sources
 
+    def _exports(self, request: dict[str, Any]) -> list[str]:
+        """Return what to write besides the usual."""
+        exports = request.get("exports", [])
+        if not isinstance(exports, list) or not all(isinstance(export, str) for export in exports):
+            raise ValueError(f"exports are a list of any of {', '.join(EXPORTS)}, got {exports!r}.")
+        check_results(self.folder, exports)
+        return exports
+
     def _label_names(self, image: str) -> dict[str, int]:
         """Return the names of an image's segments, as 3D Slicer saved them, and their values."""
-        info = self.datastore.get_label_info(image, DefaultLabelTag.FINAL)
-        return {segment["name"]: segment["idx"] for segment in info.get("label_info", [])}
+        segments = self.datastore.get_label_info(image, DefaultLabelTag.FINAL).get("label_info")
+        known = [segment for segment in segments if isinstance(segment, dict)] if isinstance(segments, list) else []
+        return {str(segment["name"]): segment["idx"] for segment in known if {"name", "idx"} <= segment.keys()}
 
 
 class EquiregApp(MONAILabelApp):
@@ -123,4 +135,7 @@ class EquiregApp(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         """Answer a request; the image that it names is the fixed one."""
+        models = list(self._infers)
+        if request.get("model") not in models:
+            raise HTTPException(400, f"the model is one of {', '.join(models)}, got {request.get('model')!r}.")
         return super().infer({**request, "fixed": request["image"]}, datastore)
