@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
-from ast import literal_eval
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from equireg.landmarks import Landmarks, write_landmarks
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", ROOT / "bundle" / "docs" / "README.md") if path.exists()]
 PAGES += sorted(ROOT.glob("bundle/docs/hosts/*.md"))
+# Scripts among the documents tell in their first lines how they are run.
+SCRIPTS = sorted({*ROOT.glob("bundle/docs/**/*.py"), *ROOT.glob("bundle/docs/**/*.sh")})
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *ROOT.glob("bundle/docs/**/*.md")})
 PREFIX = "python -m monai.bundle"
 # Options of MONAI's commands themselves; everything else overrides the config.
@@ -34,9 +36,19 @@ OWN_OPTIONS = {
 
 
 def lines(path: Path, *languages: str) -> list[str]:
-    """Return the commands of a page's fenced blocks, continued lines joined, without prompts and comments."""
-    fence = re.compile(rf"^[ \t]*```(?:{'|'.join(languages)})[ \t]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
-    text = "\n".join(fence.findall(path.read_text())).replace("\\\n", " ")
+    """Return the commands of a page's fenced blocks, continued lines joined, without prompts and comments.
+
+    Of a script these are the lines of its docstring; in shell, of its comments and of itself.
+    """
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    elif path.suffix == ".sh":
+        text = re.sub(r"^#(?!!)", "", text, flags=re.MULTILINE)
+    else:
+        fence = re.compile(rf"^[ \t]*```(?:{'|'.join(languages)})[ \t]*\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
+        text = "\n".join(fence.findall(text))
+    text = text.replace("\\\n", " ")
     stripped = (line.strip().removeprefix("$ ").strip() for line in text.splitlines())
     return [line for line in stripped if line and not line.startswith("#")]
 
@@ -44,7 +56,7 @@ def lines(path: Path, *languages: str) -> list[str]:
 def monai_commands() -> list[tuple[str, str]]:
     """Return (page, command) for each MONAI command of the documents, also one behind `cd bundle &&`."""
     found = []
-    for page in PAGES:
+    for page in (*DOCUMENTS, *SCRIPTS):
         for line in lines(page, "bash", "sh", "shell", "console"):
             line = re.sub(r"torchrun .*-m monai\.bundle", PREFIX, line)
             for part in re.split(r"&&|;", line):
@@ -72,7 +84,7 @@ def parse(command: str) -> tuple[str, list[str], dict[str, str | None]]:
 
 def config_names(option: str) -> list[str]:
     """Return the files of a `--config_file` option: one name, or a list in Python's notation."""
-    return list(literal_eval(option)) if option.startswith("[") else [option]
+    return list(ast.literal_eval(option)) if option.startswith("[") else [option]
 
 
 def merged(names: Sequence[str], meta: str | None = None) -> ConfigParser:
@@ -177,10 +189,83 @@ def equireg_commands(page: Path) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in found]
 
 
-@pytest.mark.parametrize("page", [page for page in DOCUMENTS if equireg_commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in (*DOCUMENTS, *SCRIPTS) if equireg_commands(page)], ids=lambda page: page.name
+)
 def test_equireg_commands_have_these_options(page: Path) -> None:
     for words in equireg_commands(page):
         assert cli._normalized(words)[0] in cli.COMMANDS
+
+
+def script_commands() -> list[tuple[str, str]]:
+    """Return (page, command) for each command of the documents that runs a script, without what is set before it."""
+    starts = re.compile(r"(?:\w+=\S+ +)*((?:python3?|bash) +[^\s-]\S*\.(?:py|sh)\b.*)")
+    return [
+        (page.relative_to(ROOT).as_posix(), match.group(1))
+        for page in (*DOCUMENTS, *SCRIPTS)
+        for line in lines(page, "bash", "sh", "shell", "console")
+        if (match := starts.match(line))
+    ]
+
+
+def arguments(script: Path) -> dict[str, list[str]]:
+    """Return the arguments of a script's commands as python-fire takes them; a single command is called ""."""
+    tree = ast.parse(script.read_text())
+    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+    names = {name: [arg.arg for arg in (*args.args, *args.kwonlyargs)] for name, args in functions.items()}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "fire.Fire"]
+    if not calls:
+        return {"": []}
+    given = calls[0].args[0]
+    if isinstance(given, ast.Dict):
+        return {ast.literal_eval(key): names[ast.unparse(value)] for key, value in zip(given.keys, given.values) if key}
+    return {"": names[ast.unparse(given)]}
+
+
+def script_problems(command: str) -> list[str]:
+    """Say what is wrong with a command that runs a script from inside the repository or the bundle."""
+    name, *words = shlex.split(command, comments=True)[1:]
+    script = next((base / name for base in (ROOT, ROOT / "bundle") if (base / name).is_file()), None)
+    if script is None:
+        return [f"{name} does not exist"]
+    if script.suffix == ".sh":
+        return []
+    known = arguments(script)
+    called = "" if "" in known else words[0] if words else ""
+    if called not in known:
+        return [f"{name} has no command '{called}'"]
+    options = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    return [f"{name} has no option '{option}'" for option in options if option not in known[called]]
+
+
+@pytest.mark.parametrize(("page", "command"), script_commands())
+def test_commands_run_scripts_that_exist_with_options_that_they_have(page: str, command: str) -> None:
+    assert script_problems(command) == [], page
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python bundle/docs/hosts/tutorial_loop.py --spatial_dims 3", []),
+        ("python bundle/docs/hosts/tutorial_loop.py --spatial_dim=3", ["tutorial_loop.py has no option 'spatial_dim'"]),
+        ("python docs/hosts/deploy/app.py -i in -o out -m model.ts", []),
+        ("python app.py -i in -o out -m model.ts", ["app.py does not exist"]),
+        ("python bundle/docs/benchmarks/benchmark.py all", ["no command 'all'"]),
+        ("bash bundle/docs/hosts/labels.sh", ["labels.sh does not exist"]),
+    ],
+)
+def test_the_check_of_scripts_tells_right_from_wrong(command: str, expected: list[str]) -> None:
+    found = script_problems(command)
+    assert len(found) == len(expected) and all(part in whole for part, whole in zip(expected, found))
+
+
+def test_scripts_say_how_they_are_run() -> None:
+    """Commands are found in docstrings and comments: each script of the hosts that can be run shows its own."""
+    shown = {(page, shlex.split(command, comments=True)[1]) for page, command in script_commands()}
+    for script in sorted(ROOT.glob("bundle/docs/hosts/**/*.*")):
+        runs = script.suffix == ".sh" or (script.suffix == ".py" and "__main__" in script.read_text())
+        page = script.relative_to(ROOT).as_posix()
+        assert not runs or (page, page) in shown or (page, page.removeprefix("bundle/")) in shown
 
 
 def test_the_page_on_files_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Let MONAI Label start where torchvision does not import, as beside a CPU build of torch from another index.
 
+    python bundle/docs/hosts/label_torchvision.py
+
 MONAI Label imports two functions of torchvision when it starts, and calls them only to draw the progress of DeepEdit,
 which this bundle does not use. Where the real package is missing or broken, a stand-in goes into the environment that
 runs this script; it says so when it is called.

@@ -1,6 +1,6 @@
 """MONAI Deploy application: two images in, the moved image, both displacement fields and a report out.
 
-python app.py -i in -o out -m model.ts
+python bundle/docs/hosts/deploy/app.py -i in -o out -m bundle/models/model.ts
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The same with the SDK's own `MonaiBundleInferenceOperator` between two small operators of ours.
 
-PYTHONPATH=. python docs/hosts/deploy/stock_app.py -i in -o out -m models/model_series.ts
+From inside the bundle:
+
+    PYTHONPATH=. python docs/hosts/deploy/stock_app.py -i in -o out -m models/model_series.ts
 """
 
 from __future__ import annotations
