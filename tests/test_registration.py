@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from scipy.ndimage import gaussian_filter
 
 import equireg
+from equireg.batch import Outcome, register_pair
 from equireg.images import read_image, write_image
 from equireg.landmarks import Landmarks
 from equireg.registration import Registrar, register
@@ -243,6 +244,21 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
     again = register(moved, fixed, weights=random_network(2).net)
     with pytest.raises(ValueError, match="would take the place of an input"):
         save_registration(again, tmp_path / "in")
+
+
+def test_the_report_of_a_pair_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that another process takes away or damages in between cannot stop the list."""
+    moving, fixed = files(tmp_path, 2)
+    registrar, pair = Registrar(random_network(2).net), {"moving": moving, "fixed": fixed}
+    first = register_pair(registrar, pair, tmp_path / "out", picture=False)
+    assert first.status == "registered"
+    report, read, read_text = tmp_path / "out" / "report.json", [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *words: read.append(path) or read_text(path, *words))
+    again = register_pair(registrar, pair, tmp_path / "out", picture=False)
+    assert again == Outcome(first.name, "done before", first.message) and read.count(report) == 1
+    for damage in ({"warnings": None}, {"warnings": [1]}, {"files": {"moved": "gone.nii.gz"}}):
+        report.write_text(json.dumps({**json.loads(report.read_text()), **damage}))
+        assert register_pair(registrar, pair, tmp_path / "out", picture=False).status == "registered"
 
 
 @pytest.mark.parametrize(

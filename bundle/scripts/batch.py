@@ -30,7 +30,7 @@ __all__ = [
     "Outcome",
     "evaluate_list",
     "evaluate_pair",
-    "is_done",
+    "finished_report",
     "one_line",
     "pair_name",
     "register_list",
@@ -110,14 +110,14 @@ def require_names(pairs: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(f"two pairs of the list are called '{twice}': give each a name of its own in a column 'name'.")
 
 
-def is_done(
+def finished_report(
     pair: Mapping[str, Any],
     folder: Path,
     options: Mapping[str, Any],
     exports: Sequence[str] = (),
     picture: bool = False,
-) -> bool:
-    """Tell whether a folder holds the results of a pair, made of these inputs, as they are now, with these options.
+) -> dict[str, Any] | None:
+    """Return the report of a pair's results that were made of these inputs, as they are now, with these options.
 
     Args:
         pair: files.
@@ -127,11 +127,13 @@ def is_done(
         picture: whether `qc.png` should be.
 
     Returns:
-        False also if the report cannot be read, or another version of the package wrote it.
+        None if there is no such report, it cannot be read, one of its files is missing, or another version of the
+        package wrote it.
     """
     try:
-        found = json.loads((folder / REPORT).read_text())
+        found: dict[str, Any] = json.loads((folder / REPORT).read_text())
         complete = all((folder / name).is_file() for name in found["files"].values())
+        complete = complete and all(isinstance(warning, str) for warning in found["warnings"])
         wanted = set(exports) <= set(found["exports"]) and (found["picture"] or not picture)
         same = (
             found["inputs"] == input_names(pair)
@@ -140,8 +142,8 @@ def is_done(
             and found["software"]["equireg"] == software()["equireg"]
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return complete and wanted and same
+        return None
+    return found if complete and wanted and same else None
 
 
 def register_pair(
@@ -166,8 +168,8 @@ def register_pair(
         What became of it.
     """
     name, options = pair_name(pair), {**registrar.options, "point_frame": point_frame}
-    if is_done(pair, folder, options, exports, picture):
-        report = json.loads((folder / REPORT).read_text())
+    report = finished_report(pair, folder, options, exports, picture)
+    if report is not None:
         return Outcome(name, "done before", " ".join(report["warnings"]))
     try:
         parts = {key: pair[key] for key in PAIR_KEYS if key in pair}
