@@ -51,12 +51,13 @@ release: ## make dist/equireg.zip, the bundle as MONAI and the model zoo unpack 
 	@git archive --format=zip --prefix=equireg/ --output=dist/equireg.zip HEAD:bundle
 	@echo dist/equireg.zip
 
-# The SDK asks for packages of the GPU that a CPU does without, several GB: hence --no-deps, and a list of the others.
+# The SDK asks for packages of the GPU that a CPU does without, several GB: hence --no-deps, and a list of the others,
+# which go first, as every Python of an environment with Holoscan wants one of them when it starts.
 deploy: ## run the MONAI Deploy application end to end, in an environment of its own (.venv-deploy)
 	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
 	@.venv-deploy/bin/python -m pip install -qq $(TORCH) setuptools
-	@.venv-deploy/bin/python -m pip install -qq --no-deps monai-deploy-app-sdk==4.0.0 holoscan-cu13==4.6.0
 	@.venv-deploy/bin/python -m pip install -qq -c constraints.txt -r bundle/docs/hosts/deploy/requirements.txt
+	@.venv-deploy/bin/python -m pip install -qq --no-deps monai-deploy-app-sdk==4.0.0 holoscan-cu13==4.6.0
 	@.venv-deploy/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[all,test]'
 	@.venv-deploy/bin/python -m pytest -q tests/test_deploy.py
 
