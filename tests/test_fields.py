@@ -7,9 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 from scipy.ndimage import map_coordinates
 
+from equireg import fields
 from equireg.fields import compose, identity_grid, invert, jacobian_determinant, resize, warp
 
 SHAPES = [(9, 14), (7, 5, 6)]
@@ -107,6 +109,35 @@ def test_zeros_is_the_infinite_background() -> None:
     ddf = random_ddf((3, 1), batch=1)
     padded = warp(torch.nn.functional.pad(image, [4, 4, 4, 4]), ddf + 4, padding="zeros")
     torch.testing.assert_close(warp(image, ddf, padding="zeros"), padded, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("moving", [(8, 16), (4, 8, 2)])  # powers of two: scaling rounds nothing
+def test_far_origins_cost_no_precision(moving: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The fixed grid starts 2^16 voxels from the moving one, and displacements go back: index and they cancel."""
+    image, far = random(1, 2, *moving, dtype=dtype), 2**16
+    for axis in range(len(moving)):
+        shape = [far + 8 if k == axis else 2 for k in range(len(moving))]
+        ddf = torch.zeros(1, len(moving), *shape, dtype=dtype)
+        ddf[:, axis] = -far
+        moved = warp(image, ddf).narrow(2 + axis, far, 8)
+        assert torch.equal(moved.narrow(2 + axis, 0, 2), image[(..., *[slice(0, 2)] * len(moving))])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_depends_on_whether_gradients_are_kept(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    image, ddf = random(2, 3, *shape, dtype=dtype), random_ddf(shape, dtype=dtype)
+    reordered = ddf.movedim(1, -1).contiguous().movedim(-1, 1)  # the same values, otherwise in memory
+    for padding in ("border", "zeros"):
+        expected = warp(image, ddf.requires_grad_(), padding=padding).detach()
+        with torch.no_grad():
+            for field in (ddf, reordered, MetaTensor(ddf.detach())):
+                assert torch.equal(torch.as_tensor(warp(image, field, padding=padding)), expected)
+    expected = compose(ddf, ddf).detach()
+    with torch.no_grad():
+        assert torch.equal(compose(ddf, ddf), expected)
+        assert torch.equal(compose(ddf.half(), ddf), ddf + warp(ddf.half(), ddf))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -294,6 +325,17 @@ def test_jacobian_of_short_axes(scheme: str) -> None:
     determinant = jacobian_determinant(ddf, scheme)
     assert determinant.shape == ((1, 1, 1, 2, 5) if scheme == "central" else (1, 1, 1, 1, 4))
     assert (determinant == 1.5).all()
+
+
+@pytest.mark.parametrize("shape", [(9,), (1, 8), (2, 7), (9, 8), (5, 1, 6), (9, 8, 7)])
+@pytest.mark.parametrize("scheme", ["central", "forward"])
+def test_jacobian_is_the_same_in_parts(shape: tuple[int, ...], scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients it is computed some planes at a time; here also one, two or three."""
+    ddf = random_ddf(shape, size=3.0)
+    whole = jacobian_determinant(ddf.clone().requires_grad_(), scheme)
+    for planes in (1, 2, 3):
+        monkeypatch.setattr(fields, "_CACHED", planes * ddf[:, :, :1].numel() / torch.get_num_threads())
+        assert torch.equal(jacobian_determinant(ddf, scheme), whole)
 
 
 @pytest.mark.parametrize(

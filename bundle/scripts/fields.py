@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 __all__ = ["compose", "full_precision", "identity_grid", "invert", "jacobian_determinant", "resize", "warp"]
 
+_CACHED = 2**16  # numbers of a ddf, for each thread, that what is computed from them fits the cache with
+
 
 def identity_grid(
     shape: List[int], dtype: torch.dtype = torch.float32, device: Optional[torch.device] = None
@@ -72,9 +74,9 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
         ValueError: for another mode or padding, and when shapes do not fit or an integer image is to be blended.
 
     Example:
-        >>> ramp = torch.arange(5.0).reshape(1, 1, 5, 1)
-        >>> warp(ramp, torch.full((1, 2, 5, 1), 0.5)).flatten().tolist()
-        [0.5, 1.5, 2.5, 3.5, 4.0]
+        >>> ramp = torch.arange(4.0).reshape(1, 1, 4, 1)
+        >>> warp(ramp, torch.full((1, 2, 4, 1), 0.5)).flatten().tolist()
+        [0.5, 1.5, 2.5, 3.0]
     """
     dims = ddf.dim() - 2
     if ddf.shape[1] != dims or image.dim() != ddf.dim() or image.shape[0] != ddf.shape[0]:
@@ -91,30 +93,41 @@ def warp(image: torch.Tensor, ddf: torch.Tensor, mode: str = "linear", padding: 
     ddf = full_precision(ddf)
     if mode == "nearest" and image.element_size() >= 4 and image.dtype != torch.float32:
         ddf = ddf.double()  # labels are not rounded: single precision has no number between 2^24 and 2^24 + 2
-    if padding == "zeros":
-        # Normalized coordinates have no scale along an axis of one voxel: a second one, of background, gives them one.
-        # `1 // size` is 1 for one voxel and 0 for more; a condition would be frozen by tracing, as would `max` below.
-        thickness: List[int] = []
-        for k in range(dims - 1, -1, -1):
-            thickness.extend([0, 1 // image.shape[2 + k]])
-        image = F.pad(image, thickness)
-    # torch calls linear interpolation "bilinear" in any dimension and wants the last array axis first, in [-1, 1].
-    axes: List[torch.Tensor] = []
-    for k in range(dims - 1, -1, -1):
-        shape = [1] * (dims + 1)
-        shape[1 + k] = ddf.shape[2 + k]
-        index = torch.arange(ddf.shape[2 + k], dtype=ddf.dtype, device=ddf.device).reshape(shape)
-        size = image.shape[2 + k]
-        axes.append((index + ddf[:, k]) * (2.0 / (size - 1 + 1 // size)) - 1.0)
-    grid = torch.stack(axes, dim=-1)
+    grid = _sampling_grid(ddf, image)
     moved = F.grid_sample(
         image.to(ddf.dtype),
         grid,
-        mode="bilinear" if mode == "linear" else "nearest",
+        mode="bilinear" if mode == "linear" else "nearest",  # torch's word for linear in any dimension
         padding_mode=padding,
-        align_corners=True,
+        align_corners=False,
     )
     return moved.to(image.dtype)
+
+
+def _sampling_grid(ddf: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Return where a ddf looks up an image, `(B, *fixed shape, D)`, in torch's normalized coordinates.
+
+    They run from the middle of the image, 0, to its outer faces, -1 and 1, which lie apart even where an axis has a
+    single voxel, and have the last array axis first. The channels stay apart in memory, as they are in the ddf.
+    """
+    dims = ddf.dim() - 2
+    indices: List[torch.Tensor] = []
+    for k in range(dims):
+        shape = [1] * (dims + 1)
+        shape[1 + k] = ddf.shape[2 + k]
+        index = torch.arange(ddf.shape[2 + k], dtype=ddf.dtype, device=ddf.device).reshape(shape)
+        # From the middle, exactly. Displacements come before scaling, which rounds: far from the origin they cancel.
+        indices.append(index - 0.5 * (image.shape[2 + k] - 1))
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():  # nothing is to be kept: write each axis where it belongs
+            grid = torch.empty_like(ddf, memory_format=torch.contiguous_format)
+            for k in range(dims):
+                axis = grid[:, dims - 1 - k]
+                torch.add(ddf[:, k], indices[k], out=axis)
+                axis.mul_(2.0 / image.shape[2 + k])
+            return grid.movedim(1, -1)
+    axes = [(ddf[:, k] + indices[k]).mul_(2.0 / image.shape[2 + k]) for k in range(dims - 1, -1, -1)]
+    return torch.stack(axes, dim=1).movedim(1, -1)
 
 
 def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
@@ -135,7 +148,8 @@ def compose(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
         >>> compose(a, b).unique().tolist()
         [1.5]
     """
-    return inner + warp(outer, inner, mode="linear", padding="border")
+    moved = warp(outer, inner, mode="linear", padding="border")
+    return moved.add_(inner) if moved.dtype == inner.dtype else inner + moved
 
 
 def resize(ddf: torch.Tensor, factor: int) -> torch.Tensor:
@@ -165,8 +179,7 @@ def resize(ddf: torch.Tensor, factor: int) -> torch.Tensor:
         return ddf
     dims = ddf.dim() - 2
     mode = "linear" if dims == 1 else ("bilinear" if dims == 2 else "trilinear")
-    fine = F.interpolate(ddf, scale_factor=[float(factor)] * dims, mode=mode, align_corners=False)
-    return fine * float(factor)
+    return F.interpolate(ddf * float(factor), scale_factor=[float(factor)] * dims, mode=mode, align_corners=False)
 
 
 def invert(ddf: torch.Tensor, shape: Optional[List[int]] = None, iterations: int = 50) -> torch.Tensor:
@@ -196,22 +209,56 @@ def invert(ddf: torch.Tensor, shape: Optional[List[int]] = None, iterations: int
     mean = ddf.flatten(2).mean(dim=2).reshape([ddf.shape[0], dims] + [1] * dims)
     inverse = (-mean).expand([ddf.shape[0], dims] + list(size))
     for _ in range(iterations):
-        inverse = -warp(ddf, inverse, mode="linear", padding="border")
+        inverse = warp(ddf, inverse, mode="linear", padding="border").neg_()
     return inverse
 
 
-def _derivative(ddf: torch.Tensor, axis: int, scheme: str) -> torch.Tensor:
-    """Differentiate along one spatial axis; "central" keeps the shape, "forward" shortens that axis by one."""
+def _differences(ddf: torch.Tensor, axis: int, scheme: str) -> torch.Tensor:
+    """Subtract neighbors along an axis: "central" gives twice the slope, "forward" the slope, on one voxel less."""
     size = ddf.shape[axis]
     if size == 1:
         return torch.zeros_like(ddf)
-    steps = ddf.narrow(axis, 1, size - 1) - ddf.narrow(axis, 0, size - 1)
     if scheme == "forward":
-        return steps
-    # The mean of the two one-sided differences is the central one; at the ends only one of them exists.
-    first, last = steps.narrow(axis, 0, 1), steps.narrow(axis, size - 2, 1)
-    middle = 0.5 * (steps.narrow(axis, 1, size - 2) + steps.narrow(axis, 0, size - 2))
+        return ddf.narrow(axis, 1, size - 1) - ddf.narrow(axis, 0, size - 1)
+    # At the ends only one neighbor exists.
+    first = (ddf.narrow(axis, 1, 1) - ddf.narrow(axis, 0, 1)).mul_(2.0)
+    middle = ddf.narrow(axis, 2, size - 2) - ddf.narrow(axis, 0, size - 2)
+    last = (ddf.narrow(axis, size - 1, 1) - ddf.narrow(axis, size - 2, 1)).mul_(2.0)
     return torch.cat([first, middle, last], dim=axis)
+
+
+def _cross(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Return `a * b - c * d`."""
+    return (a * b).addcmul_(c, d, value=-1.0)
+
+
+def _determinant(ddf: torch.Tensor, scheme: str, start: int, stop: int) -> torch.Tensor:
+    """Return the determinants `(B, 1, *shape)` of the planes from `start` to `stop` of the first axis."""
+    dims = ddf.dim() - 2
+    one = 2.0 if scheme == "central" else 1.0  # slopes are doubled, exactly, and halved once in the end
+    before = min(start, 1) if scheme == "central" else 0
+    planes = ddf[:, :, start - before : stop + 1]
+    columns: List[torch.Tensor] = []
+    for k in range(dims):
+        part = planes if k == 0 else ddf[:, :, start:stop]
+        if scheme == "forward":
+            for other in range(1, dims):
+                if other != k and ddf.shape[2 + other] > 1:
+                    part = part.narrow(2 + other, 0, ddf.shape[2 + other] - 1)
+        slopes = _differences(part, 2 + k, scheme)
+        columns.append(slopes.narrow(2, before, stop - start) if k == 0 else slopes)
+    if dims == 1:
+        return (columns[0] + one) / one
+    a, b = columns[0], columns[1]
+    a0, a1 = a[:, 0:1] + one, a[:, 1:2]
+    b0, b1 = b[:, 0:1], b[:, 1:2] + one
+    if dims == 2:
+        return _cross(a0, b1, a1, b0).mul_(one**-2)
+    c = columns[2]
+    a2, b2 = a[:, 2:3], b[:, 2:3]
+    c0, c1, c2 = c[:, 0:1], c[:, 1:2], c[:, 2:3] + one
+    determinant = _cross(a0, _cross(b1, c2, b2, c1), a1, _cross(b0, c2, b2, c0))
+    return determinant.addcmul_(a2, _cross(b0, c1, b1, c0)).mul_(one**-3)
 
 
 def jacobian_determinant(ddf: torch.Tensor, scheme: str = "central") -> torch.Tensor:
@@ -239,22 +286,11 @@ def jacobian_determinant(ddf: torch.Tensor, scheme: str = "central") -> torch.Te
         raise ValueError(f"jacobian_determinant expects scheme 'central' or 'forward', got '{scheme}'.")
     if dims < 1 or dims > 3 or ddf.shape[1] != dims:
         raise ValueError(f"jacobian_determinant expects (B, D, *spatial) with D from 1 to 3, got {list(ddf.shape)}.")
-    columns: List[torch.Tensor] = []
-    for k in range(dims):
-        slope = _derivative(ddf, 2 + k, scheme)
-        if scheme == "forward":
-            for other in range(dims):
-                if other != k and ddf.shape[2 + other] > 1:
-                    slope = slope.narrow(2 + other, 0, ddf.shape[2 + other] - 1)
-        columns.append(slope)
-    if dims == 1:
-        return 1.0 + columns[0]
-    a, b = columns[0], columns[1]
-    a0, a1 = a[:, 0:1] + 1.0, a[:, 1:2]
-    b0, b1 = b[:, 0:1], b[:, 1:2] + 1.0
-    if dims == 2:
-        return a0 * b1 - a1 * b0
-    c = columns[2]
-    a2, b2 = a[:, 2:3], b[:, 2:3]
-    c0, c1, c2 = c[:, 0:1], c[:, 1:2], c[:, 2:3] + 1.0
-    return a0 * (b1 * c2 - b2 * c1) - a1 * (b0 * c2 - b2 * c0) + a2 * (b0 * c1 - b1 * c0)
+    end = ddf.shape[2] if scheme == "central" or ddf.shape[2] == 1 else ddf.shape[2] - 1
+    # Gradients need everything at once; else what lies in between stays in the processor's cache, plane by plane.
+    step = end
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        if ddf.device.type == "cpu" and not (torch.is_grad_enabled() and ddf.requires_grad):
+            step = max(1, int(_CACHED * torch.get_num_threads() * ddf.shape[2] / max(1, ddf.numel())))
+    parts = [_determinant(ddf, scheme, start, min(start + step, end)) for start in range(0, end, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
