@@ -15,6 +15,7 @@ import torch
 from monai.metrics import CumulativeIterationMetric, do_metric_reduction
 from monai.utils import MetricReduction, convert_to_tensor
 
+from .blocks import blocks
 from .fields import compose, full_precision, jacobian_determinant
 from .threads import in_threads
 
@@ -31,9 +32,6 @@ __all__ = [
 ]
 
 
-_PLANES, _VOXELS = 8, 2**17  # at least so many planes at a time, and about so many voxels
-
-
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a plain tensor in float32, or float64 where it was."""
     return full_precision(convert_to_tensor(tensor, track_meta=False))
@@ -41,15 +39,16 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def _determinants(ddf: torch.Tensor, scheme: str) -> Iterator[torch.Tensor]:
     """Return the determinants of the Jacobian, `(B, n)` at a time, so that no more of them are in memory."""
-    planes = max(_PLANES, _VOXELS // max(1, ddf[0, 0, :1].numel()))
-    before = int(scheme == "central")  # planes that only serve as neighbors
+    before = int(scheme == "central")  # neighbors that a block needs
+    cells = [max(n - 1 + before, 1) for n in ddf.shape[2:]]
 
-    def part(start: int) -> torch.Tensor:
-        first = max(start - before, 0)
-        determinant = jacobian_determinant(ddf[:, :, first : start + planes + 1], scheme)
-        return determinant[:, :, start - first : start - first + planes].flatten(1)
+    def part(where: tuple[slice, ...]) -> torch.Tensor:
+        read = tuple(slice(max(cut.start - before, 0), cut.stop + 1) for cut in where[1:])
+        keep = tuple(slice(cut.start - more.start, cut.stop - more.start) for cut, more in zip(where[1:], read))
+        determinant = jacobian_determinant(ddf[(slice(None), slice(None)) + read], scheme)
+        return determinant[(slice(None), slice(None)) + keep].flatten(1)
 
-    return in_threads(part, range(0, max(ddf.shape[2] - 1 + before, 1), planes))
+    return in_threads(part, blocks(cells))
 
 
 def folding_fraction(ddf: torch.Tensor) -> torch.Tensor:
