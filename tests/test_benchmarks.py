@@ -35,7 +35,9 @@ def benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     ("kind", "network", "shape"),
     [("forward", "equireg", "24x24x24"), ("forward", "equireg bfloat16", "24x24x24"), ("part", "half", "24x24x24")]
-    + [("step", network, "40x32") for network in ("plain", "equireg", "equireg bfloat16")],
+    + [("step", network, "40x32") for network in ("plain", "equireg", "equireg bfloat16")]
+    + [("operation", name, shape) for name in ("warp", "compose", "invert") for shape in ("16x16x16", "24x16")]
+    + [("operation", name, "16x16x16") for name in ("resize", "jacobian", "forward jacobian")],
 )
 def test_measurements(benchmark: ModuleType, capsys: pytest.CaptureFixture, kind: str, network: str, shape: str):
     benchmark.one(kind, network, shape)
@@ -43,6 +45,25 @@ def test_measurements(benchmark: ModuleType, capsys: pytest.CaptureFixture, kind
     assert found["seconds"] > 0 and found["peak_mb"] >= found["start_mb"] > 50
     if (kind, network) == ("step", "equireg"):
         assert set(found["shares"]) == {"encoder", "attention", "U-Nets"} and found["shares"]["encoder"] > 0
+    if kind == "operation":
+        shares = found["shares"]
+        assert 0 < shares["floor, ms"] < 1e3 and shares["least"] <= shares["ratio"] <= shares["most"]
+
+
+@pytest.mark.slow
+def test_registering_is_measured_as_a_whole(benchmark: ModuleType) -> None:
+    found = benchmark.register(4, (64, 56, 40))
+    assert found["seconds"] > found["shares"]["total"] > found["shares"]["network"] > 0 and found["peak_mb"] > 100
+
+
+def test_operations_are_compared_with_floors(benchmark: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    rows = []
+    for run, ratio in enumerate((1.1, 1.5, 1.2)):
+        shares = f"floor, ms 2.000; ratio {ratio}; least {ratio - 0.2:.2f}; most {ratio + 0.3:.2f}"
+        rows.append({"kind": "operation", "network": "warp", "shape": "8x8", "seconds": "0.0025", "shares": shares})
+        rows[-1] |= {"run": str(run), "peak_mb": "1", "start_mb": "1"}
+    benchmark.floors(rows)
+    assert "| warp | 8x8 | 2.5 | 2 | 1.20 (0.90 to 1.80) |" in capsys.readouterr().out
 
 
 def test_rows_are_kept_and_compared(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):

@@ -1,10 +1,11 @@
-"""Time and memory of the networks: beside the published code, against the number of voxels, and in training.
+"""Time and memory: networks beside the published code, against the number of voxels and in training; fields; volumes.
 
     pip install matplotlib && pip install --no-deps icon-registration==1.1.9 footsteps
     python bundle/docs/benchmarks/benchmark.py every
 
 Every measurement is a process of its own that does one thing and tells how long it took and what memory it had at most.
-What is compared runs in turns (A B A B). Rows are added to a file, which is read again: a run that was cut off goes on.
+What is compared runs in turns (A B A B): operations on fields and the floor they contain within one process. Rows are
+added to a file, which is read again: a run that was cut off goes on.
 Without `icon-registration` its rows are left out.
 """
 
@@ -19,6 +20,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +29,13 @@ from typing import Any
 
 import fire
 import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import nn
 
 from equireg.batch import write_table
+from equireg.fields import compose, identity_grid, invert, jacobian_determinant, resize, warp
+from equireg.images import write_image
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, PairNetwork
 from equireg.networks.attention import CoordinateAttention
@@ -39,6 +45,9 @@ from equireg.networks.refinement import DisplacementUNet
 HERE = Path(__file__).resolve().parent
 SIZES = (48, 64, 80, 96, 121, 152, 175)  # voxels along an axis, from one to the next about twice as many in all
 STEPS = ((196, 141), (64, 64, 64))
+FIELDS = ((64, 64, 64), (96, 96, 96), (160, 160, 160), (512, 512))
+TURNS = 15  # of an operation and its floor
+VOLUME = (512, 512, 300)
 PUBLISHED = {  # the published network's layers
     "in_channels": 1,
     "feature_channels": 128,
@@ -48,9 +57,9 @@ PUBLISHED = {  # the published network's layers
 }
 
 
-def peak() -> float:
-    """Return the most memory this process has had, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(who: int = resource.RUSAGE_SELF) -> float:
+    """Return the most memory this process, or one that it started, has had, MB."""
+    return resource.getrusage(who).ru_maxrss / 1024
 
 
 def images(shape: tuple[int, ...], batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +156,65 @@ def backward(net: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> float
     return timed(run)["seconds"]
 
 
+@torch.inference_mode()
+def operation(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Time an operation on a smooth field of some voxels, in turns with the floor that it contains.
+
+    That is `grid_sample` with a ready grid (warp of one channel; compose; invert, in two iterations), `interpolate`
+    (resize, by 4), and for the determinant of the Jacobian a copy that reads and writes as many bytes as the field and
+    the answer have together.
+    """
+    dims, generator = len(shape), torch.Generator().manual_seed(0)
+    ddf = resize(0.4 * torch.randn(1, dims, *[n // 8 for n in shape], generator=generator), 8)
+    image, coarse = torch.rand(1, 1, *shape, generator=generator), ddf[(..., *[slice(None, None, 4)] * dims)].clone()
+    scale = torch.tensor([2.0 / n for n in shape]).reshape(dims, *[1] * dims)
+    grid = ((identity_grid(list(shape)) + ddf + 0.5) * scale - 1.0).flip(1).movedim(1, -1).contiguous()
+    mode = "bilinear" if dims == 2 else "trilinear"
+    moved_bytes = ddf.flatten()[: (dims + 1) * image.numel() // 2]
+
+    def sampled(values: torch.Tensor, padding: str) -> torch.Tensor:
+        return F.grid_sample(values, grid, padding_mode=padding, align_corners=False)
+
+    runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "warp": (lambda: warp(image, ddf, padding="zeros"), lambda: sampled(image, "zeros")),
+        "compose": (lambda: compose(ddf, ddf), lambda: sampled(ddf, "border")),
+        "invert": (lambda: invert(ddf, iterations=2), lambda: (sampled(ddf, "border"), sampled(ddf, "border"))),
+        "resize": (lambda: resize(coarse, 4), lambda: F.interpolate(coarse, scale_factor=4.0, mode=mode)),
+        "jacobian": (lambda: jacobian_determinant(ddf), moved_bytes.clone),
+        "forward jacobian": (lambda: jacobian_determinant(ddf, "forward"), moved_bytes.clone),
+    }
+    begin, turns = peak(), [[timed(run)["seconds"] for run in runs[name]] for _ in range(TURNS + 1)][1:]
+    ratios = sorted(mine / floor for mine, floor in turns)
+    shares = {"floor, ms": 1e3 * median(floor for _, floor in turns), "ratio": median(ratios)}
+    shares |= {"least": ratios[0], "most": ratios[-1]}
+    return {"seconds": median(mine for mine, _ in turns), "start_mb": begin, "peak_mb": peak(), "shares": shares}
+
+
+def register(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Register made-up CT volumes of 0.8 x 0.8 x 1 mm by the command, at a coarser spacing; content fills half of them.
+
+    Seconds and memory are those of the command as a whole.
+    """
+    generator = torch.Generator().manual_seed(0)
+    small = [-(-n // 8) for n in shape]
+    noise = resize(200.0 * torch.randn(1, 1, *[-(-n // 2) for n in small], generator=generator), 2)
+    noise = noise[(..., *[slice(n) for n in small])]
+    shift = resize(torch.randn(1, len(shape), *[-(-n // 8) for n in small], generator=generator), 8)
+    ellipsoid = sum(torch.linspace(-1, 1, n).reshape(-1, *[1] * k).square() for n, k in zip(shape, (2, 1, 0)))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, texture in (("moving", noise), ("fixed", warp(noise, shift[(..., *[slice(n) for n in small])]))):
+            full = F.interpolate(texture, size=shape, mode="trilinear")[0]
+            image = torch.where(ellipsoid < 0.97, full.clamp(-900, 2000), -1024.0).to(torch.int16)
+            write_image(
+                MetaTensor(image, affine=torch.diag(torch.tensor([0.8, 0.8, 1.0, 1.0]))), f"{folder}/{name}.nii.gz"
+            )
+        files = [f"--{name}={folder}/{name}.nii.gz" for name in ("moving", "fixed")]
+        command = [sys.executable, "-m", "equireg", "register", *files, f"--output={folder}/out", "--background=-1024"]
+        found = timed(lambda: subprocess.run([*command, f"--spacing={network}"], check=True, capture_output=True))
+        seconds = json.loads(Path(f"{folder}/out/report.json").read_text())["seconds"]
+    return {**found, "peak_mb": peak(resource.RUSAGE_CHILDREN), "start_mb": 0.0, "shares": seconds}
+
+
 def start(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Start a command or import a package, in a process of its own."""
     command = {
@@ -157,7 +225,15 @@ def start(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
     return timed(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
 
 
-KINDS = {"forward": forward, "part": part, "step": step, "start": start}
+KINDS = {
+    "forward": forward,
+    "part": part,
+    "step": step,
+    "operation": operation,
+    "register": register,
+    "start": start,
+}
+OPERATIONS = ("warp", "compose", "invert", "resize", "jacobian", "forward jacobian")
 
 
 def cases(with_yardstick: bool, runs: int) -> list[tuple[str, str, tuple[int, ...], int]]:
@@ -173,6 +249,9 @@ def cases(with_yardstick: bool, runs: int) -> list[tuple[str, str, tuple[int, ..
         listed += [("part", network, (size,) * 3, run) for size in (96, 152) for network in ("full", "half")]
         for shape in STEPS:
             listed += [("step", network, shape, run) for network in ("plain", "equireg", "equireg bfloat16")]
+        if run == 0:  # has its turns within
+            listed += [("operation", name, shape, run) for shape in FIELDS for name in OPERATIONS]
+        listed += [("register", "4", VOLUME, run)]
         listed += [("start", network, (), run) for network in ("import equireg", "import monai", "equireg --help")]
     return listed
 
@@ -181,8 +260,8 @@ def one(kind: str, network: str, shape: str = "") -> None:
     """Measure one thing in this process and print the result.
 
     Args:
-        kind: "forward", "part", "step" or "start".
-        network: what is measured.
+        kind: "forward", "part", "step", "operation", "register" or "start".
+        network: what is measured; for "register" the spacing at which the network sees the images, millimeters.
         shape: of the images, voxels, such as 196x141.
     """
     print(json.dumps(KINDS[kind](network, tuple(map(int, shape.split("x"))) if shape else ())))
@@ -198,7 +277,11 @@ def machine(threads: int) -> str:
 
 
 def every(
-    runs: int = 3, threads: int = 2, results: str = str(HERE / "data" / "benchmark.csv"), output_dir: str = ""
+    runs: int = 3,
+    threads: int = 2,
+    results: str = str(HERE / "data" / "benchmark.csv"),
+    output_dir: str = "",
+    kinds: str | tuple[str, ...] = tuple(KINDS),
 ) -> None:
     """Measure what the results file does not have yet, print the table and draw the curves.
 
@@ -207,6 +290,7 @@ def every(
         threads: of torch.
         results: CSV file, read and added to.
         output_dir: where the figure goes; among the documentation's if empty.
+        kinds: what is measured, see `one`; everything if left out.
     """
     path = Path(results)
     rows: list[dict[str, str]] = read(path)
@@ -214,7 +298,7 @@ def every(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for kind, network, shape, run in cases(importlib.util.find_spec("icon_registration") is not None, runs):
         row = {"kind": kind, "network": network, "shape": "x".join(map(str, shape)), "run": str(run)}
-        if tuple(row.values()) in known:
+        if tuple(row.values()) in known or kind not in kinds:
             continue
         command = [sys.executable, __file__, "one", kind, network, row["shape"]]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -278,11 +362,29 @@ def table(rows: list[dict[str, str]]) -> None:
         seconds, memory = found[kind, network, shape]
         times = [float(row["seconds"]) for row in group]
         print(f"| {kind} | {network} | {shape} | {seconds:.3g} ({min(times):.3g} to {max(times):.3g}) | {memory:.0f} |")
+    floors(rows)
     for name, kind, mine, other in RATIOS:
         if (kind, *mine) in found and (kind, *other) in found:
             pairs = zip(found[(kind, *mine)], found[(kind, *other)])
             seconds, memory = (a / b if b else float("nan") for a, b in pairs)
             print(f"{name}: seconds x {seconds:.3f}, memory x {memory:.3f}")
+
+
+def shares_of(row: dict[str, str]) -> dict[str, float]:
+    """Return the numbers that a row has beside seconds and memory."""
+    return {name: float(value) for name, _, value in (part.rpartition(" ") for part in row["shares"].split("; "))}
+
+
+def floors(rows: list[dict[str, str]]) -> None:
+    """Print operations on fields over the floors they contain: medians over the runs, and the range over all turns."""
+    print("| operation | shape | ms | floor, ms | times the floor, median (least to most) |\n|---|---|---|---|---|")
+    for (kind, name, shape), group in groups(rows).items():
+        if kind == "operation":
+            parts = [shares_of(row) for row in group]
+            ratio, floor = (median(part[key] for part in parts) for key in ("ratio", "floor, ms"))
+            span = f"{min(part['least'] for part in parts):.2f} to {max(part['most'] for part in parts):.2f}"
+            ms = 1e3 * median(float(row["seconds"]) for row in group)
+            print(f"| {name} | {shape} | {ms:.3g} | {floor:.3g} | {ratio:.2f} ({span}) |")
 
 
 def draw(rows: list[dict[str, str]], output_dir: str) -> None:
