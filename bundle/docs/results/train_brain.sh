@@ -1,19 +1,15 @@
 #!/usr/bin/env bash
 # Train a network for brain MR from label maps alone: bash train_brain.sh DATASET_DIR OUTPUT_DIR
-# Two stages: at half resolution from scratch, then a second U-Net at full resolution on top, the rest kept.
+# Two stages: at half resolution from scratch, then at full resolution, with a second U-Net on top.
 set -euo pipefail
 dataset=$(realpath "$1")
 output=$(realpath -m "$2")
-results=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cd "$results/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-stage() { # name and configs, then overrides
-    local name=$1 configs=$2
-    shift 2
-    python -m monai.bundle run training --config_file "['configs/train.json','configs/brain.json'$configs]" --dataset_dir "$dataset" \
-        --output_dir "$output/$name" --seed 1 "$@"
-}
-
-stage coarse ",'configs/brain_coarse.json'" --epochs 50 --iterations 50 --val_pairs 8 --val_interval 5 --learning_rate 0.0006 --warmup_epochs 8
-python "$results/brain_start.py" "$output/coarse/model.pt" "$output/start.pt"
-stage fine "" --pretrained "$output/start.pt" --epochs 20 --iterations 50 --val_pairs 8 --val_interval 5
+python -m monai.bundle run training --config_file "['configs/train.json','configs/brain.json','configs/brain_coarse.json']" \
+    --dataset_dir "$dataset" --output_dir "$output/coarse" --seed 1 --epochs 50 --iterations 50 --val_pairs 8 --val_interval 5 \
+    --learning_rate 0.0006 --warmup_epochs 8
+python docs/results/brain_start.py "$output/coarse/model.pt" "$output/start.pt"
+python -m monai.bundle run training --config_file "['configs/train.json','configs/brain.json']" \
+    --dataset_dir "$dataset" --output_dir "$output/fine" --seed 1 --epochs 20 --iterations 50 --val_pairs 8 --val_interval 5 \
+    --pretrained "$output/start.pt"
