@@ -277,6 +277,99 @@ def test_products_at_the_bounds() -> None:
     assert abs(answer.item() - torch.tensor(-1.0).sigmoid().item()) < 1e-5
 
 
+@pytest.mark.parametrize("length", [64.5, 89.0, 120.0, 1e4])
+def test_products_beyond_the_bounds_are_refused(length: float) -> None:
+    """From 70 or so on they would give NaN, or weights of a wrong ratio, without a word."""
+    long, values, allowed = torch.tensor([[[length, 0.0]]]), torch.ones(1, 1, 2), torch.ones(1, 1, dtype=torch.bool)
+    for short in (torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[-1.0, 0.0]]])):
+        with pytest.raises(ValueError, match=f"a product of at most 64, got {length:g} and 1"):
+            streamed_attention(long, short, values, allowed)
+        with pytest.raises(ValueError, match=f"a product of at most 64, got 1 and {length:g}"):
+            streamed_attention(short, long, values, allowed)
+    assert streamed_attention(long * float("nan"), short, values, allowed).isnan().all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_products_are_right_both_ways(sign: float) -> None:
+    """As many keys as a large image has, coordinates as large as its, and their gradient."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.tensor([[[sign * 8.0, 0.0]]]).requires_grad_()
+    keys = torch.stack([8 - torch.rand(200_000, generator=generator) / 10, torch.zeros(200_000)], dim=1)[None]
+    values, allowed = 3000 * (8 - keys[..., :1]), torch.ones(1, 200_000, dtype=torch.bool)
+    answer = streamed_attention(queries, keys, values, allowed)
+    (found,) = torch.autograd.grad(1e3 * answer.sum(), queries)
+    exact = queries.detach().double().requires_grad_()
+    expected = torch.softmax(exact @ keys.double().mT, dim=2) @ values.double()
+    (slope,) = torch.autograd.grad(1e3 * expected.sum(), exact)
+    # Single precision knows products of 64 to 4e-6, and the gradient is a small difference of large sums.
+    torch.testing.assert_close(answer.double(), expected, rtol=3e-5, atol=0)
+    torch.testing.assert_close(found.double(), slope, rtol=1e-2, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e8, 1e25])
+def test_features_are_never_longer_than_four(scale: float) -> None:
+    """Products lie between -16 and 16 whatever the image is: the bounds hold by construction."""
+    net = randomized(CoordinateAttention(2, feature_channels=8, rotation_group="pi")).eval()
+    features, _ = net._encode(scale * content(9, 8))
+    lengths = features.norm(dim=1)
+    assert torch.isfinite(features).all() and lengths.max() <= 4 * (1 + 1e-6)
+    assert scale > 1e20 or lengths.max() > 3.9
+
+
+def attention_inputs() -> tuple[torch.Tensor, ...]:
+    """Return queries, keys, values and allowed keys."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((5, 6), (7, 6), (7, 2))
+    vectors = (torch.randn(2, *size, dtype=torch.float64, generator=generator) for size in sizes)
+    return *vectors, torch.arange(7).expand(2, 7) % 3 != 1
+
+
+def test_functional_gradients() -> None:
+    *vectors, allowed = attention_inputs()
+
+    def explicit(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        logits = (queries @ keys.mT).masked_fill(~allowed[:, None], float("-inf"))
+        return (torch.softmax(logits, dim=2) @ values).square().sum()
+
+    found = torch.func.grad(lambda *given: streamed_attention(*given, allowed).square().sum(), (0, 1, 2))(*vectors)
+    for mine, theirs in zip(found, torch.func.grad(explicit, (0, 1, 2))(*vectors)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+
+
+def second_by_functions(function, queries: torch.Tensor) -> None:
+    torch.func.grad(lambda x: torch.func.grad(function)(x).square().sum())(queries)
+
+
+def second_by_a_penalty(function, queries: torch.Tensor) -> None:
+    """The gradient that comes in is constant: what does not look at its inputs would take the penalty for constant."""
+    queries = queries.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(function(queries), queries, create_graph=True)
+    (slope.square().sum() + queries.sum()).backward()
+
+
+@pytest.mark.parametrize("second", [second_by_functions, second_by_a_penalty])
+def test_a_second_derivative_is_an_error(second) -> None:
+    queries, keys, values, allowed = attention_inputs()
+    with pytest.raises(RuntimeError, match="streamed_attention can be differentiated only once"):
+        second(lambda x: streamed_attention(x, keys, values, allowed).sum(), queries)
+
+
+def test_maps_and_forward_derivatives_are_errors() -> None:
+    """They have no rules of their own here; torch says so, and nothing comes out wrong."""
+    queries, keys, values, allowed = attention_inputs()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return streamed_attention(x, keys, values, allowed)
+
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(function)(torch.stack([queries, queries]))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.jacrev(function)(queries)
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.jvp(function, (queries,), (queries,))
+
+
 # ---- equivariance
 
 

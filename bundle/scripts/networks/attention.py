@@ -37,7 +37,7 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allo
 
     Args:
         queries: `(B, Q, F)`.
-        keys: `(B, K, F)`; products with queries lie between -40 and 40.
+        keys: `(B, K, F)`; the product of a query's length and a key's is at most 64, which eager mode on a CPU checks.
         values: `(B, K, V)`, V at most F.
         allowed: `(B, K)`, boolean, at least one true in each sample; other keys get no weight.
 
