@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
-from helpers_networks import content, place
+from helpers_networks import SMALL, content, place
+from torch import nn
 
+from equireg.networks import CARL, CoordinateAttention, DisplacementUNet
 from equireg.networks.active import (
     box_mask,
     check_pair,
@@ -151,6 +155,22 @@ def test_check_pair_refuses_values_that_are_not_finite(name: str, value: float) 
 def test_check_pair_refuses_types(moving: torch.dtype, fixed: torch.dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_pair(torch.ones(1, 1, 4, 4, dtype=moving), torch.ones(1, 1, 4, 4, dtype=fixed), 2, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [CARL, CoordinateAttention, DisplacementUNet])
+def test_images_of_another_type_than_the_network_are_refused(kind: Callable[..., nn.Module]) -> None:
+    network = kind(2, **(SMALL if kind is CARL else {}))
+    for other in (torch.float16, torch.bfloat16, torch.float64):
+        image = torch.rand(1, 1, 16, 16).to(other)
+        with pytest.raises(ValueError, match=f"of the network's type torch.float32, got {other}"):
+            network(image, image)
+    image = torch.rand(1, 1, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(network(image.bfloat16(), image.bfloat16())).all()
+        with pytest.raises(ValueError, match="got torch.float16"):
+            network(image.half(), image.half())
+    assert network.double()(image.double(), image.double()).dtype == torch.float64
 
 
 def test_check_pair_refuses_two_devices() -> None:

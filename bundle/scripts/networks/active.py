@@ -13,6 +13,7 @@ import torch.nn.functional as F
 __all__ = [
     "box_mask",
     "check_pair",
+    "check_precision",
     "clamp_to_box",
     "content_box",
     "continue_affinely",
@@ -82,6 +83,28 @@ def _check_finite(moving: torch.Tensor, fixed: torch.Tensor) -> None:
         count = int((~torch.isfinite(image)).sum())
         if count > 0:
             raise ValueError(f"the {name} image must be finite, got {count} voxel value(s) that are NaN or infinite.")
+
+
+@torch.jit.unused
+def _check_precision(image: torch.Tensor, weight: torch.Tensor) -> None:
+    device = image.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if image.dtype not in (weight.dtype, autocast):
+        raise ValueError(f"the images must be of the network's type {weight.dtype}, got {image.dtype}.")
+
+
+def check_precision(image: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse, in eager mode, an image of another type than a network's, but for that of the autocast around it.
+
+    Args:
+        image: any shape.
+        weight: one of the network's parameters.
+
+    Raises:
+        ValueError: naming both types.
+    """
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        _check_precision(image, weight)
 
 
 def has_content(image: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from monai.networks.layers.factories import Conv
 from torch import nn
 
+from .active import check_precision
 from .layout import channels_together
 from .statistics import over_ranks
 
@@ -164,7 +165,11 @@ class Encoder(nn.Module):
 
         Returns:
             `(B, feature_channels, *shape)`, each feature of length 4 (or a little less).
+
+        Raises:
+            ValueError: if the image is of another type than the encoder.
         """
+        check_precision(image, self.first.bias)
         background = torch.zeros(image.shape[1], dtype=image.dtype, device=image.device)
         deviation, background = self.first(image * active, background, active)
         deviation, background = self.block1(deviation, background, active)

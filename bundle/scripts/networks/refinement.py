@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Conv, Pool
 from torch import nn
 
-from .active import check_pair, is_count, keep_if_content
+from .active import check_pair, check_precision, is_count, keep_if_content
 from .layout import channels_together
 from .statistics import BatchNorm
 
@@ -131,6 +131,7 @@ class DisplacementUNet(nn.Module):
             ValueError: if the images do not fit the network or each other.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
+        check_precision(moving, self.head.weight)
         x = torch.cat([_match_grid(moving, list(fixed.shape[2:])), fixed], dim=1)
         x = x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
         skips: List[torch.Tensor] = []
