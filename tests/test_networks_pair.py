@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
 import torch
 from helpers_networks import SMALL, content, place, randomized
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from equireg.fields import warp
 from equireg.networks import CARL, DisplacementUNet, PairNetwork
@@ -83,6 +86,43 @@ def test_one_way_training_and_networks_without_both() -> None:
     assert network(image).shape == (1, 6, 16, 17)
     network(image).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+class Registering(Dataset):
+    """A dataset that registers: its network goes to worker processes with it."""
+
+    def __init__(self, network: PairNetwork, images: torch.Tensor) -> None:
+        self.network, self.images = network, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with torch.no_grad():
+            return self.network(self.images[index : index + 1])[0]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_copies_after_a_step_answer_the_same_and_are_independent(dims: int, copied) -> None:
+    network, image = pair_network(dims), stacked((12, 13, 11)[:dims])
+    network.train()(image).sum().backward()
+    twin = copied(network)
+    with torch.no_grad():
+        expected = network.eval()(image)
+        assert torch.equal(twin.eval()(image), expected)
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+        assert torch.equal(network(image), expected)
+
+
+def test_workers_that_are_spawned_get_the_network() -> None:
+    network, images = pair_network(2), stacked((16, 17), batch=2)
+    network.train()(images).sum().backward()
+    dataset = Registering(network.eval(), images)
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    (found,) = loader
+    torch.testing.assert_close(found, torch.stack([dataset[0], dataset[1]]), rtol=0, atol=1e-5)
 
 
 # Graphs attend on whole canvases by torch's kernel, eager mode on the content in blocks: sums in another order.
