@@ -86,6 +86,13 @@ def timed(run: Callable[[], Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "start_mb": start, "peak_mb": peak()}
 
 
+def processor_seconds(run: Callable[[], Any]) -> float:
+    """Run something once and tell the processor's time, of all threads: pauses for other programs do not count."""
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
 @torch.inference_mode()
 def forward(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """Register one pair in one direction; memory counts from the network's being there."""
@@ -158,7 +165,7 @@ def backward(net: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> float
 
 @torch.inference_mode()
 def operation(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Time an operation on a smooth field of some voxels, in turns with the floor that it contains.
+    """Take the processor's time of an operation on a smooth field, in turns with that of the floor that it contains.
 
     That is `grid_sample` with a ready grid (warp of one channel; compose; invert, in two iterations), `interpolate`
     (resize, by 4), and for the determinant of the Jacobian a copy that reads and writes as many bytes as the field and
@@ -183,7 +190,7 @@ def operation(name: str, shape: tuple[int, ...]) -> dict[str, Any]:
         "jacobian": (lambda: jacobian_determinant(ddf), moved_bytes.clone),
         "forward jacobian": (lambda: jacobian_determinant(ddf, "forward"), moved_bytes.clone),
     }
-    begin, turns = peak(), [[timed(run)["seconds"] for run in runs[name]] for _ in range(TURNS + 1)][1:]
+    begin, turns = peak(), [[processor_seconds(run) for run in runs[name]] for _ in range(TURNS + 1)][1:]
     ratios = sorted(mine / floor for mine, floor in turns)
     shares = {"floor, ms": 1e3 * median(floor for _, floor in turns), "ratio": median(ratios)}
     shares |= {"least": ratios[0], "most": ratios[-1]}
@@ -212,7 +219,9 @@ def register(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
         command = [sys.executable, "-m", "equireg", "register", *files, f"--output={folder}/out", "--background=-1024"]
         found = timed(lambda: subprocess.run([*command, f"--spacing={network}"], check=True, capture_output=True))
         seconds = json.loads(Path(f"{folder}/out/report.json").read_text())["seconds"]
-    return {**found, "peak_mb": peak(resource.RUSAGE_CHILDREN), "start_mb": 0.0, "shares": seconds}
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shares = {**seconds, "processor": usage.ru_utime + usage.ru_stime}  # what other work beside it hardly changes
+    return {**found, "peak_mb": peak(resource.RUSAGE_CHILDREN), "start_mb": 0.0, "shares": shares}
 
 
 def start(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
