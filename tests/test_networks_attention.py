@@ -314,7 +314,8 @@ def test_features_are_never_longer_than_four(scale: float) -> None:
     features, _ = net._encode(scale * content(9, 8))
     lengths = features.norm(dim=1)
     assert torch.isfinite(features).all() and lengths.max() <= 4 * (1 + 1e-6)
-    assert scale > 1e20 or lengths.max() > 3.9
+    # Nothing tells the voxels of too faint an image apart: features less what they share are then nearly zero.
+    assert not 1e-20 < scale < 1e20 or lengths.max() > 3.9
 
 
 def attention_inputs() -> tuple[torch.Tensor, ...]:
