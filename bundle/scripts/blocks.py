@@ -154,10 +154,13 @@ def sample(
         axis = max(range(1, position.dim()), key=lambda axis: position.shape[axis])
         halves = position.split(-(-position.shape[axis] // 2), dim=axis)
         return torch.cat([sample(values, half, mode, padding, outside) for half in halves], dim=axis)
-    crop = values[(slice(None),) + read].to(torch.float64, copy=True).sub_(outside)
+    crop = values[(slice(None),) + read].to(torch.float64)
+    if outside:
+        crop = crop - outside
     local = identity_grid(list(position.shape[1:]), position.dtype)[0]
     ddf = position - local.add_(first.reshape([-1] + [1] * (position.dim() - 1)))
-    return warp(crop.unsqueeze(0), ddf.unsqueeze(0), mode, padding)[0].add_(outside)
+    found = warp(crop.unsqueeze(0), ddf.unsqueeze(0), mode, padding)[0]
+    return found.add_(outside) if outside else found
 
 
 def sample_scattered(values: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
