@@ -59,6 +59,15 @@ def test_stray_points_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(read) <= 500 and len(read) < 20
 
 
+def test_few_points_far_apart_do_not_have_all_between_them_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, read = random(2, 30, 31, 32), []
+    position = 40.0 * random(3, 20, 1, 1, seed=1) - 4.0  # some outside
+    expected = warp(image[None], (position - identity_grid([20, 1, 1], torch.float64)[0])[None])[0]
+    monkeypatch.setattr(blocks, "warp", lambda crop, *rest: (read.append(crop[:, 0].numel()), warp(crop, *rest))[1])
+    torch.testing.assert_close(sample(image, position), expected, rtol=0, atol=1e-12)
+    assert read == [20 * 8]
+
+
 def test_outside_is_the_background() -> None:
     image, position = torch.full((1, 2, 2), 5.0), torch.tensor([[[0.0, -0.5, -3.0]], [[0.0, 0.0, 0.0]]]).double()
     assert sample(image, position, padding="zeros", outside=-1.0).tolist() == [[[5.0, 2.0, -1.0]]]

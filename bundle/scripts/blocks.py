@@ -28,6 +28,7 @@ __all__ = [
 
 _VOXELS = 2**15  # of a block
 _READ = 2**20  # voxels that are converted for a block: one that needs more, such as for a stray point, is split
+_STRAY = 64  # voxels to convert for a point, from which on it costs less to gather the neighbors of each
 
 
 def blocks(shape: Sequence[int]) -> list[tuple[slice, ...]]:
@@ -150,7 +151,10 @@ def sample(
     first = low.floor().nan_to_num(0.0).clamp(min=0).minimum(end)
     last = high.floor().add(1).nan_to_num(torch.inf).clamp(min=0).minimum(end)
     read = tuple(slice(int(start), int(stop) + 1) for start, stop in zip(first, last))
-    if position[0].numel() > 1 and math.prod(cut.stop - cut.start for cut in read) > _READ:
+    box, points = math.prod(cut.stop - cut.start for cut in read), position[0].numel()
+    if box > _STRAY * points and mode == "linear" and padding == "border":
+        return sample_scattered(values, position.flatten(1)).reshape([-1, *position.shape[1:]])
+    if points > 1 and box > _READ:
         axis = max(range(1, position.dim()), key=lambda axis: position.shape[axis])
         halves = position.split(-(-position.shape[axis] // 2), dim=axis)
         return torch.cat([sample(values, half, mode, padding, outside) for half in halves], dim=axis)
