@@ -183,6 +183,7 @@ def test_the_network_grid_is_nearest_to_ras() -> None:
     ("call", "message"),
     [
         (lambda: network_axes(torch.eye(4), 3, (1.0, 2.0)), "3 positive numbers"),
+        (lambda: network_axes(torch.eye(4), 3, (2.0,)), "3 positive numbers"),
         (lambda: network_axes(torch.eye(4), 2, 0.0), "2 positive numbers"),
         (lambda: network_image(MetaTensor(torch.zeros(1, 4, 4)), torch.eye(3)), "nothing to register"),
         (lambda: network_image(MetaTensor(torch.ones(1, 4, 4)), torch.eye(3)), "varies"),

@@ -77,10 +77,11 @@ def network_axes(
 def _positive(spacing: Sequence[float] | float, dims: int) -> torch.Tensor:
     """Return a spacing along each axis, `(D)`, float64."""
     try:
-        numbers = torch.as_tensor(spacing, dtype=torch.float64).expand(dims)
+        given = torch.as_tensor(spacing, dtype=torch.float64)
+        numbers = given.expand(dims) if given.dim() == 0 else given  # one number is for all axes, a list of one is not
     except (TypeError, ValueError, RuntimeError, OverflowError):  # what is no number, or not one for each axis
         numbers = torch.full((dims,), math.nan)
-    if not bool((numbers > 0).all() and numbers.isfinite().all()):
+    if numbers.shape != (dims,) or not bool((numbers > 0).all() and numbers.isfinite().all()):
         raise ValueError(f"the network's spacing should be {dims} positive numbers, got {spacing!r}.")
     return numbers
 
