@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import field as default
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
@@ -83,7 +82,7 @@ class Images:
     title: str
     canvas: tuple[int, int, int]
     subjects: Callable[[str | Path, str], list[dict[str, str]]]
-    regions: Mapping[str, int] = default(default_factory=dict)
+    regions: Mapping[str, int]
 
 
 DATA = {
@@ -93,7 +92,7 @@ DATA = {
         decathlon_subjects,
         {"dice_anterior": 1, "dice_posterior": 2},
     ),
-    "brain": Images("OASIS brains of the MICCAI 2012 challenge, 2 mm", (80, 96, 80), _brains),
+    "brain": Images("OASIS brains of the MICCAI 2012 challenge, 2 mm", (80, 96, 80), _brains, {}),
 }
 
 # Takes moving and fixed, both (1, 1, *canvas), and returns a function that gives the ddf (1, 3, *canvas), voxels.
@@ -259,19 +258,17 @@ def cropped(item: Mapping[str, Any], fraction: float, side: str, seed: int) -> d
     """
     if fraction >= 1:
         return dict(item)
-    image, box = torch.as_tensor(np.asarray(item[side])), torch.zeros(item[side].shape)
-    content, labels = (
-        torch.nonzero(values[0]) for values in (image, torch.as_tensor(np.asarray(item[f"{side}_label"])))
-    )
-    generator, where = np.random.default_rng([seed, 7]), [slice(None)]
+    image, labels = np.asarray(item[side]), np.asarray(item[f"{side}_label"])
+    box, generator, where = np.zeros_like(image), np.random.default_rng([seed, 7]), [slice(None)]
+    held, all_there = np.argwhere(labels[0]), np.argwhere((image[0] != 0) | (labels[0] != 0))
     for axis in range(3):
-        least, most = int(labels[:, axis].min()), int(labels[:, axis].max()) + 1
-        start, stop = int(content[:, axis].min()), int(content[:, axis].max()) + 1
+        least, most = held[:, axis].min(), held[:, axis].max() + 1
+        start, stop = all_there[:, axis].min(), all_there[:, axis].max() + 1
         size = max(most - least, round(fraction * (stop - start)))
         first = int(generator.integers(max(start, most - size), min(least, stop - size) + 1))
         where.append(slice(first, first + size))
     box[tuple(where)] = 1
-    return {**item, side: image * box}
+    return {**item, side: torch.as_tensor(image * box)}
 
 
 def measure(
@@ -361,13 +358,16 @@ def main(
     """
     if data not in DATA:
         raise ValueError(f"expected data of {', '.join(DATA)}, got '{data}'.")
+    if crop_side not in ("moving", "fixed"):
+        raise ValueError(f"crop_side is moving or fixed, got '{crop_side}'.")
+    weights = weights or data
     torch.set_num_threads(threads)
     # Both are read when the libraries start, so they are set before the first of them is imported.
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(threads)
     os.environ.setdefault("ANTS_RANDOM_SEED", "1")
     tqdm = _need("tqdm", "tqdm").tqdm
     names = methods.replace(" ", "").split(",") if isinstance(methods, str) else list(methods)
-    registers = {name: registration(name, weights or data, threads) for name in names}
+    registers = {name: registration(name, weights, threads) for name in names}
     dataset, regions = pairs(DATA[data], dataset_dir, split, num_pairs), DATA[data].regions
     labels, measures = common_labels(DATA[data], dataset_dir), (*regions, "dice", "folding")
 
@@ -380,10 +380,10 @@ def main(
 
     moves = {"shift": (shift, 0), "turn": (turn, 0), f"crop_{crop_side}": (crop, 1)}
     suffix = "".join(f"_{name}{value:g}" for name, (value, still) in moves.items() if value != still)
-    path = Path(output_dir, f"{data}_{split}" + suffix)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, name = Path(output_dir), f"{data}_{split}{suffix}"
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with path.with_name(f"{path.name}.csv").open("w", newline="", encoding="utf-8") as stream:
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, ("pair", "moving", "fixed", "method", *measures, "seconds"))
         writer.writeheader()
         for number in tqdm(range(len(dataset)), desc="pairs"):
@@ -400,11 +400,11 @@ def main(
     report = {
         "data": f"{DATA[data].title}, {len(dataset)} pairs of the {split} split, {len(labels)} labels",
         **{name: value for name, (value, _) in moves.items()},
-        "settings": {"equireg": Path(weights or data).name, **ANTS_TYPES, "greedy": GREEDY_STEPS},
+        "settings": {"equireg": Path(weights).name, **ANTS_TYPES, "greedy": GREEDY_STEPS},
         **provenance(threads),
         "summary": summary,
     }
-    path.with_name(f"{path.name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(summary, measures))
 
 
