@@ -158,3 +158,22 @@ def test_painted_pairs_may_share_their_contrast() -> None:
         assert not torch.equal(out["moving"], out["fixed"])  # noise of their own
     with pytest.raises(ValueError, match="got 4, 3 and 3 groups"):
         RandPaintPaird(groups=[1, 2, 3], masks=4, labels=3)
+
+
+def test_rand_deform_says_which_point_each_voxel_shows() -> None:
+    """A map whose every voxel has its own label: where a voxel's label lies in it is what its coordinates say."""
+    size, keys = 9, ["moving", "fixed"]
+    item = {"moving": torch.arange(1.0, 1 + size**3).reshape(1, size, size, size), "fixed": torch.ones(1, 9, 9, 9)}
+    where = {"same": 1.0, "coordinates_keys": ["moving_at", "fixed_at"]}
+    out = RandDeformd(keys, **where).set_random_state(0)(item)
+    assert not torch.equal(out["moving"], out["fixed"])
+    for key in keys:
+        place, known = out[f"{key}_at"][:3], out[f"{key}_at"][3]
+        assert torch.equal(known, (out[key][0] > 0).float()) and 0 < known.mean() <= 1
+        seen = torch.stack(torch.unravel_index(out[key][0].long() - 1, (size,) * 3)).float() - (size - 1) / 2
+        assert ((seen - place).abs().amax(0) <= 0.5001)[known > 0].all()  # the nearest voxel was taken
+    assert item["fixed"].max() == 1
+    different = RandDeformd(keys, **{**where, "same": 0.0}).set_random_state(0)(item)
+    assert different["moving_at"][3].max() == 0 == different["fixed_at"][3].max() and different["fixed"].max() == 1
+    with pytest.raises(ValueError, match="one of coordinates_keys per key"):
+        RandDeformd(keys, coordinates_keys=["moving_at"])

@@ -13,7 +13,14 @@ from scipy.ndimage import correlate1d, map_coordinates
 
 from equireg.fields import identity_grid, invert, warp
 from equireg.handlers import RegularityWarmup
-from equireg.losses import DiffusionLoss, GradICONLoss, LabeledSimilarity, LocalCorrelationLoss, RegistrationLoss
+from equireg.losses import (
+    CorrespondenceLoss,
+    DiffusionLoss,
+    GradICONLoss,
+    LabeledSimilarity,
+    LocalCorrelationLoss,
+    RegistrationLoss,
+)
 
 SHAPES = [(23,), (21, 18), (19, 7, 20)]
 
@@ -433,3 +440,19 @@ def test_labeled_similarity_names_what_it_expects(shape: tuple[int, ...]) -> Non
         loss(torch.zeros(shape), torch.zeros(1, shape[1], 8, 8))
     with pytest.raises(ValueError, match="got 0 and 0"):
         LabeledSimilarity(torch.nn.MSELoss(), torch.nn.L1Loss(), image_channels=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_correspondence_loss_weighs_distances_where_they_are_known(dims: int) -> None:
+    target = torch.randn(2, dims + 1, *(5, 4, 6)[:dims], dtype=torch.float64)
+    target[:, -1] = 0
+    assert CorrespondenceLoss()(torch.randn_like(target), target) == 0  # nothing is known
+    target[0, -1, 1] = 1
+    pred = target.clone()
+    pred[0, :dims, 1] += torch.tensor([2.0, 2.0, 0.0][:dims]).reshape([-1] + [1] * (dims - 1))  # sqrt(8), and
+    pred[1] += 100.0  # where nothing is known
+    assert CorrespondenceLoss()(pred, target).item() == pytest.approx(2.0)
+    pred.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: CorrespondenceLoss()(p, target), pred)
+    with pytest.raises(ValueError, match="D \\+ 1"):
+        CorrespondenceLoss()(target[:, :-1], target[:, :-1])

@@ -155,11 +155,17 @@ class RandWarpPaird(Randomizable, Transform):
         return item
 
 
+def _center(shape: Sequence[int]) -> torch.Tensor:
+    """Return the center of a grid, `(1, D, 1, ...)`, voxels."""
+    return torch.tensor([(size - 1) / 2 for size in shape]).reshape([1, len(shape)] + [1] * len(shape))
+
+
 class RandDeformd(Randomizable, MapTransform):
     """Turn, scale, shear and smoothly warp each image about its center, each key on its own.
 
     One nearest-neighbor sampling does it all, so that label maps stay label maps. Content that leaves the canvas is
-    lost: pad first.
+    lost: pad first. Two deformations of one image correspond voxel by voxel, and `coordinates_keys` tell how: where
+    coordinates are equal, the same point of the image is seen.
 
     Args:
         keys: the label maps `(1, *shape)`.
@@ -167,10 +173,14 @@ class RandDeformd(Randomizable, MapTransform):
         scale: the same of those that scale and shear.
         sigma: standard deviation of each pass of the smooth warp, as fractions of the shortest side.
         points: control points along each axis, for each pass.
+        same: probability that the image of the first key takes the place of all others before they are deformed.
+        coordinates_keys: where it goes, for each key, which point each voxel shows, `(D + 1, *shape)`: its place in the
+            undeformed image, voxels from the center, then 1 in content and 0 elsewhere, or 0 if the images are not the
+            same; left out, coordinates are not kept.
         allow_missing_keys: skip keys that are not there.
 
     Raises:
-        ValueError: if `sigma` and `points` differ in length.
+        ValueError: if `sigma` and `points` differ in length, or `coordinates_keys` and `keys` do.
 
     Example:
         >>> labels = {"moving": torch.ones(1, 12, 12, 12)}
@@ -187,21 +197,25 @@ class RandDeformd(Randomizable, MapTransform):
         scale: float = 0.08,
         sigma: Sequence[float] = (0.05, 0.02),
         points: Sequence[int] = (4, 9),
+        same: float = 0.0,
+        coordinates_keys: Sequence[str] = (),
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if len(sigma) != len(points):
             raise ValueError(f"RandDeformd expects one sigma per number of points, got {sigma} and {points}.")
+        if coordinates_keys and len(coordinates_keys) != len(self.keys):
+            raise ValueError(f"RandDeformd expects one of coordinates_keys per key, got {coordinates_keys} for {keys}.")
         self.turn, self.scale, self.sigma, self.points = turn, scale, tuple(sigma), tuple(points)
+        self.same, self.coordinates_keys = same, tuple(coordinates_keys)
 
     def _draw(self, shape: Sequence[int]) -> torch.Tensor:
         """Return a ddf `(1, D, *shape)`, voxels."""
         generator, dims = np.random.default_rng(int(self.R.randint(2**31))), len(shape)
         noise = generator.standard_normal((2, dims, dims))
         linear = self.turn * (noise[0] - noise[0].T) / 2**0.5 + self.scale * (noise[1] + noise[1].T) / 2
-        at = identity_grid(list(shape))
-        center = torch.tensor([(size - 1) / 2 for size in shape]).reshape([1, dims] + [1] * dims)
-        ddf = torch.einsum("ij,bj...->bi...", torch.from_numpy(linear).float(), at - center)
+        from_center = identity_grid(list(shape)) - _center(shape)
+        ddf = torch.einsum("ij,bj...->bi...", torch.from_numpy(linear).float(), from_center)
         for sigma, points in zip(self.sigma, self.points):
             ddf = ddf + smooth_field(shape, points, sigma * min(shape), generator)
         return ddf
@@ -209,10 +223,18 @@ class RandDeformd(Randomizable, MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of the item with every image deformed."""
         item = dict(data)
-        for key in self.key_iterator(item):
-            values = _plain(item[key])
-            warped = warp(values.unsqueeze(0).float(), self._draw(values.shape[1:]), mode="nearest", padding="zeros")
-            item[key] = _with_meta(warped[0].to(values.dtype), item[key])
+        present = list(self.key_iterator(item))
+        same = bool(self.R.random() < self.same)
+        for number, key in enumerate(present):
+            source = data[present[0] if same else key]
+            values = _plain(source)
+            ddf = self._draw(values.shape[1:])
+            warped = warp(values.unsqueeze(0).float(), ddf, mode="nearest", padding="zeros")[0]
+            item[key] = _with_meta(warped.to(values.dtype), source)
+            if self.coordinates_keys:
+                known = (warped != 0).float() * same
+                place = identity_grid(list(values.shape[1:])) + ddf - _center(values.shape[1:])
+                item[self.coordinates_keys[number]] = _with_meta(torch.cat([place[0], known]), source)
         return item
 
 

@@ -19,6 +19,7 @@ from .fields import full_precision, identity_grid, warp
 from .mind import MINDSSCLoss, check_weight
 
 __all__ = [
+    "CorrespondenceLoss",
     "DiffusionLoss",
     "GradICONLoss",
     "LabeledSimilarity",
@@ -246,6 +247,43 @@ class GradICONLoss(_Loss):
             ahead[:, axis] += self.step
             total = total + ((error(ahead) - base) / self.step).square().mean()
         return total
+
+
+class CorrespondenceLoss(_Loss):
+    """Measure how far from their true partners points were brought, where those are known.
+
+    Both images carry, in each voxel, the place of the point it shows in a frame they share, and whether that is known,
+    as `RandDeformd` says it: where the moved places `p` are those of the fixed image `q`, the answer is right. The mean
+    over the known voxels of `sqrt(|p - q|^2 + 1) - 1`: squares for small errors, distances for large ones.
+
+    Example:
+        >>> places = torch.cat([torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 1, 4, 4, 4)], dim=1)
+        >>> off_by = torch.tensor([0.0, 3**0.5, 0.0, 0.0]).reshape(1, 4, 1, 1, 1)
+        >>> round(CorrespondenceLoss()(places + off_by, places).item(), 5)
+        1.0
+    """
+
+    def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Compare places.
+
+        Args:
+            pred: `(B, D + 1, *spatial)`, moved: places in voxels, then a channel that is not used.
+            target: the same of the fixed image; its last channel weighs the voxels, 0 where nothing is known.
+
+        Returns:
+            scalar, voxels; 0 if nothing is known.
+
+        Raises:
+            ValueError: if the shapes are not of that form.
+        """
+        if pred.shape != target.shape or pred.shape[1] != pred.dim() - 1:
+            raise ValueError(
+                "CorrespondenceLoss expects two (B, D + 1, *spatial) of one shape with D spatial axes, got "
+                f"{list(pred.shape)} and {list(target.shape)}."
+            )
+        squares = (full_precision(pred) - full_precision(target))[:, :-1].square().sum(dim=1)
+        weight = full_precision(target)[:, -1]
+        return (((squares + 1).sqrt() - 1) * weight).sum() / weight.sum().clamp(min=1.0)
 
 
 class LabeledSimilarity(_Loss):
