@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -54,3 +56,48 @@ def test_brains_are_learned_from_label_maps(stage: list[str], label_maps: Path, 
         options = {k: v for k, v in options.items() if not k.startswith("network_def")}
     run("training", "train", *stage, **options, output_dir=str(tmp_path / "out"))
     assert all(torch.isfinite(value).all() for value in learned(tmp_path / "out").values())
+
+
+@pytest.fixture
+def brain_attention(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(root / "bundle" / "docs" / "results"))
+    return importlib.import_module("brain_attention")
+
+
+@pytest.mark.parametrize("start", [[0, 0, 0], [2, 0, 1]])
+def test_pooled_places_are_those_of_the_content(start: list[int], brain_attention: ModuleType) -> None:
+    """Two images of one size, pooled from different voxels on: equal shapes, and places in pooled voxels."""
+    shape = (7, 6, 8)
+    place = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in shape), indexing="ij"))
+    known = torch.zeros(1, *shape)
+    known[:, 1:5, 2:5, 3:7] = 1
+    item = {"moving": 2 * known, "moving_coordinates": torch.cat([place, known])}
+    image, places, share = brain_attention.pooled(item, "moving", 3, start)
+    assert image.shape == (1, 3, 3, 4) and places.shape == (3, 3, 3, 4) and share.shape == (3, 3, 4)
+    assert share.sum() * 27 == pytest.approx(known.sum().item()) and torch.allclose(image[0], 2 * share)
+    block = [torch.arange(3.0) + 3 - begin for begin in start]  # the voxels of pooled voxel (1, 1, 1)
+    inside = [axis[(axis >= low) & (axis < high)] for axis, (low, high) in zip(block, ((1, 5), (2, 5), (3, 7)))]
+    assert places[:, 1, 1, 1].tolist() == pytest.approx([axis.mean().item() / 3 for axis in inside])
+
+
+def test_correspondence_is_least_where_partners_look_alike(brain_attention: ModuleType) -> None:
+    places = 4 * torch.stack(torch.meshgrid(*[torch.arange(3.0)] * 3, indexing="ij"))  # far apart: one partner each
+    features = 4 * torch.eye(27).reshape(27, 3, 3, 3)  # each voxel its own, of length 4
+    shares = torch.ones(2, 3, 3, 3)
+    turned = [torch.stack([part, part.flip(1)]) for part in (features, places)]
+    right = brain_attention.correspondence(*turned, shares)
+    wrong = brain_attention.correspondence(torch.stack([features, features]), turned[1], shares)
+    indifferent = brain_attention.correspondence(torch.zeros(2, 27, 3, 3, 3), turned[1], shares)
+    assert right < indifferent < wrong and indifferent.item() == pytest.approx(np.log(27), rel=1e-5)
+
+
+def test_stages_of_the_brain_take_each_others_weights(
+    brain_attention: ModuleType, label_maps: Path, tmp_path: Path
+) -> None:
+    first = str(tmp_path / "attention.pt")
+    brain_attention.main(str(label_maps), first, steps=2, pairs=1)
+    options = {k: v for k, v in SMALL.items() if not k.startswith("network_def")}
+    options = {**options, "dataset_dir": str(label_maps), "shape": [24, 24, 24], "val_pairs": 2, "learning_rate": 0.0}
+    run("training", "train", "brain", "brain_coarse", **options, pretrained=first, output_dir=str(tmp_path / "out"))
+    before, after = torch.load(first, weights_only=True), learned(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name]) for name in after if "encoder" in name and "weight" in name)

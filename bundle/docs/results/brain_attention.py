@@ -1,4 +1,4 @@
-"""Teach the attention of `brain` which points correspond, before anything is registered: the first stage of its training.
+"""Teach the attention of `brain` which points correspond, before anything is registered: the first of three stages.
 
     python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/attention.pt --steps 6000
 
@@ -9,6 +9,7 @@ in both directions, is minimized: a loss with a slope even while the attention s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,19 +42,20 @@ def pooled(item: dict[str, torch.Tensor], key: str, factor: int, start: list[int
     """Average an image, its voxels' places and its content over blocks that begin anywhere.
 
     Args:
-        item: holds the image `key`, `(1, *shape)`, and its places, `(D + 1, *shape)`, in voxels.
+        item: the images of a pair, `(1, *shape)`, and beside each its places, `(D + 1, *shape)`, in voxels.
+        key: which of them.
         factor: voxels of a block along each axis.
         start: empty voxels before the first of the image.
 
     Returns:
-        image `(1, 1, *pooled)`, places in pooled voxels `(D, *pooled)` and the share of content `(*pooled,)`.
+        image `(1, *pooled)`, places in pooled voxels `(D, *pooled)` and the share of content `(*pooled,)`.
     """
     image, coordinates = item[key], item[f"{key}_coordinates"]
     ends = [-(size + factor - 1) % factor + factor - 1 - begin for size, begin in zip(image.shape[1:], start)]
     pads = [value for begin, end in zip(reversed(start), reversed(ends)) for value in (begin, end)]
     known = coordinates[-1:]
     stack = F.avg_pool3d(F.pad(torch.cat([image, coordinates[:-1] * known, known]), pads), factor)
-    return stack[None, :1], stack[1:-1] / stack[-1].clamp(min=1e-3) / factor, stack[-1]
+    return stack[:1], stack[1:-1] / stack[-1].clamp(min=1e-3) / factor, stack[-1]
 
 
 def correspondence(features: torch.Tensor, places: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -102,6 +104,7 @@ def main(
         seed: of everything random.
     """
     set_determinism(seed)
+    sys.path.insert(0, str(CONFIGS.parent))  # where the configurations find `scripts`
     parser = _parser(dataset_dir, seed)
     network: nn.Module = parser.get_parsed_content("network_def")
     pool = network.net.first
@@ -114,9 +117,7 @@ def main(
             for item in (next(source) for _ in range(pairs))
             for key in ("moving", "fixed")
         ]
-        images, places, shares = (
-            torch.cat(parts) if parts[0].dim() == 5 else torch.stack(parts) for parts in zip(*batch)
-        )
+        images, places, shares = (torch.stack(parts) for parts in zip(*batch))
         with torch.autocast("cpu", torch.bfloat16):
             features, _ = pool.net._encode(images)
         features = F.pad(features.float(), [-pool.net.padding] * 6)
