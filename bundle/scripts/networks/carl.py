@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from .active import check_pair, is_count
+from .affine import AffineFit
 from .attention import CoordinateAttention
 from .combinators import Downsample, TwoStep, both, first_step
 from .refinement import DisplacementUNet
 
 __all__ = ["CARL", "NESTINGS"]
 
-NESTINGS = ("deck", "right", "left")
+NESTINGS = ("deck", "right", "left", "attention")
 
 
 class CARL(nn.Module):
@@ -24,7 +25,8 @@ class CARL(nn.Module):
 
     - "deck": `TwoStep{TwoStep{Down_f{Xi}, Psi1}, Psi2}`, both U-Nets at full resolution;
     - "right": `TwoStep{Down_f{Xi}, TwoStep{Down_2{Psi1}, Psi2}}`, the published network's;
-    - "left": `TwoStep{Down_2{TwoStep{Down_(f/2){Xi}, Psi1}}, Psi2}`.
+    - "left": `TwoStep{Down_2{TwoStep{Down_(f/2){Xi}, Psi1}}, Psi2}`;
+    - "attention": `Down_f{Xi}`, which nothing refines.
 
     `nesting="right", factor=4, refinement_channels=(16, 32, 64, 256, 512)` has the layers of the published network.
 
@@ -39,13 +41,15 @@ class CARL(nn.Module):
         in_channels: channels of an image.
         feature_channels: length of an attention feature.
         factor: how much coarser than the images the attention works.
-        nesting: "deck", "right" or "left".
+        nesting: "deck", "right", "left" or "attention".
         refinement_channels: widths of every U-Net.
         extra_refinements: further U-Nets at full resolution, after the others.
         padding: by how many voxels, at the attention's resolution, the content's box is grown to the active set.
         rotation_group: turns of either image that the attention stage follows exactly, as for `CoordinateAttention`:
             "none", "pi" or "grid". The fixed content must be thicker than `factor` voxels along every axis. The U-Nets
             do not follow.
+        affine_rounds: if positive, the attention's answer gives way to the affine map that fits it best, found in so
+            many rounds, see `AffineFit`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -70,6 +74,7 @@ class CARL(nn.Module):
         extra_refinements: int = 0,
         padding: int = 2,
         rotation_group: str = "none",
+        affine_rounds: int = 0,
     ) -> None:
         super().__init__()
         if nesting not in NESTINGS:
@@ -78,6 +83,8 @@ class CARL(nn.Module):
             raise ValueError(f"factor must be at least 1, and even for nesting 'left', got {factor}.")
         if not is_count(extra_refinements, 0):
             raise ValueError(f"extra_refinements must be at least 0, got {extra_refinements}.")
+        if not is_count(affine_rounds, 0) or (affine_rounds > 0 and nesting == "left"):
+            raise ValueError(f"affine_rounds must be at least 0, and 0 for nesting 'left', got {affine_rounds!r}.")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
 
@@ -90,10 +97,15 @@ class CARL(nn.Module):
         attention = CoordinateAttention(
             spatial_dims, in_channels, feature_channels, padding=padding, rotation_group=rotation_group
         )
-        if nesting == "deck":
-            steps: nn.Module = TwoStep(TwoStep(pooled(attention, factor), refinement()), refinement())
+        first = pooled(attention, factor) if nesting != "left" else attention
+        if affine_rounds > 0:
+            first = AffineFit(first, affine_rounds)
+        if nesting == "attention":
+            steps: nn.Module = first
+        elif nesting == "deck":
+            steps = TwoStep(TwoStep(first, refinement()), refinement())
         elif nesting == "right":
-            steps = TwoStep(pooled(attention, factor), TwoStep(Downsample(refinement(), 2), refinement()))
+            steps = TwoStep(first, TwoStep(Downsample(refinement(), 2), refinement()))
         else:
             steps = TwoStep(pooled(TwoStep(pooled(attention, factor // 2), refinement()), 2), refinement())
         for _ in range(extra_refinements):
@@ -109,8 +121,11 @@ class CARL(nn.Module):
             "extra_refinements": extra_refinements,
             "padding": padding,
         }
-        if rotation_group != "none":  # left out, as in the files of networks that were made before there was a choice
+        # Left out where they are not used, as in the files of networks that were made before there was a choice.
+        if rotation_group != "none":
             self._arguments["rotation_group"] = rotation_group
+        if affine_rounds > 0:
+            self._arguments["affine_rounds"] = affine_rounds
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images.

@@ -1,0 +1,183 @@
+"""The affine map in what a network answers: a registration that errors of single voxels do not reach."""
+
+from typing import List, Tuple
+
+import torch
+from torch import nn
+
+from ..fields import identity_grid, warp
+from .active import content_box, is_count, keep_if_content
+from .combinators import both
+
+__all__ = ["AffineFit", "affine_ddf", "fit_affine", "halfway"]
+
+
+def affine_ddf(matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
+    """Return the ddf of an affine map.
+
+    Args:
+        matrix: `(B, D + 1, D + 1)`, homogeneous, from voxel indices to voxel indices.
+        shape: of the grid.
+
+    Returns:
+        `(B, D, *shape)`, voxels, of the matrix's type.
+
+    Example:
+        >>> affine_ddf(torch.tensor([[[1.0, 0.0, 2.0], [0.0, 1.0, 3.0], [0.0, 0.0, 1.0]]]), [2, 2])[0, :, 1, 1].tolist()
+        [2.0, 3.0]
+    """
+    dims = len(shape)
+    at = identity_grid(shape, matrix.dtype, matrix.device)
+    to = (matrix[:, :dims, :dims] @ at.flatten(2) + matrix[:, :dims, dims:]).reshape([-1, dims] + shape)
+    return to - at
+
+
+def fit_affine(ddf: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Fit an affine map to a ddf by least squares, reweighted so that few wrong voxels count little.
+
+    Five rounds with the weights `1 / (1 + r^2 / s^2)` of Cauchy's distribution, `r` the distance of a voxel's answer
+    from the map and `s` its mean. Along an axis on which all voxels are equal there is nothing to fit, and the
+    displacement is continued.
+
+    Args:
+        ddf: `(B, D, *shape)`, voxels.
+        weight: `(B, 1, *shape)`, 0 or more.
+
+    Returns:
+        `(B, D + 1, D + 1)`, float64, homogeneous, from voxel indices to voxel indices; the identity without a weight.
+
+    Example:
+        >>> fit_affine(torch.full((1, 2, 4, 5), 3.0), torch.ones(1, 1, 4, 5))[0, :2, 2].round(decimals=6).tolist()
+        [3.0, 3.0]
+    """
+    dims = ddf.shape[1]
+    at = identity_grid(list(ddf.shape[2:]), torch.float64, ddf.device).flatten(2)
+    steps, known = ddf.double().flatten(2), weight.double().flatten(2)
+    total = known.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    identity = torch.eye(dims, dtype=torch.float64, device=ddf.device)
+    part = known / total
+    slope, offset = torch.zeros_like(steps[:, :, :dims]), torch.zeros_like(steps[:, :, :1])
+    for _ in range(5):
+        center, step = (part * at).sum(dim=2, keepdim=True), (part * steps).sum(dim=2, keepdim=True)
+        away = at - center
+        spread = (part * away) @ away.transpose(1, 2) + 1e-6 * identity
+        slope = torch.linalg.solve(spread, away @ (part * (steps - step)).transpose(1, 2)).transpose(1, 2)
+        offset = step - slope @ center
+        error = (steps - slope @ at - offset).detach().square().sum(dim=1, keepdim=True)
+        scale = ((known * error.sqrt()).sum(dim=2, keepdim=True) / total).square().clamp(min=1e-12)
+        part = known / (1 + error / scale)
+        part = part / part.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    bottom = torch.zeros_like(offset[:, :1]).expand(-1, 1, dims)
+    one = torch.ones_like(offset[:, :1])
+    return torch.cat([torch.cat([identity + slope, offset], dim=2), torch.cat([bottom, one], dim=2)], dim=1)
+
+
+def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, largest_change: float = 8.0) -> torch.Tensor:
+    """Join a map and one that should be its inverse into one map, which follows both alike.
+
+    `there (back there)^(-1/2)`: swapping the two inverts it. Attention that is not sure of itself answers nearer to the
+    center, in both directions; that cancels.
+
+    Args:
+        there: `(B, D + 1, D + 1)`, homogeneous, from fixed to moving indices.
+        back: the same from moving to fixed indices.
+        point: `(B, D)`, fixed indices.
+        largest_change: by what factor a map may change volumes.
+
+    Returns:
+        `(B, D + 1, D + 1)`, from fixed to moving indices; the translation of `point` in `there` where the root does not
+        exist, or the map mirrors or changes volumes by more: then the answers are none that an affine map describes.
+
+    Example:
+        >>> shrinking = torch.diag(torch.tensor([0.5, 1.0]))[None]
+        >>> halfway(shrinking, shrinking, torch.zeros(1, 1))[0].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    size = there.shape[1]
+    identity = torch.eye(size, dtype=there.dtype, device=there.device).expand_as(there)
+    # Denman and Beavers, Applied Mathematics and Computation 2, 1976: the pair goes to the root and its inverse.
+    root, inverse = back @ there, identity
+    for _ in range(20):
+        root, inverse = (
+            (root + torch.linalg.inv_ex(inverse)[0]) / 2,
+            (inverse + torch.linalg.inv_ex(root)[0]) / 2,
+        )
+    joined = there @ inverse
+    volume = torch.linalg.det(joined[:, :-1, :-1])
+    found = (inverse @ back @ there @ inverse - identity).abs().flatten(1).amax(dim=1) < 1e-3
+    fits = found & joined.isfinite().flatten(1).all(dim=1) & (volume * largest_change > 1) & (volume < largest_change)
+    step = (there[:, :-1, :-1] - identity[:, :-1, :-1]) @ point.unsqueeze(2) + there[:, :-1, -1:]
+    moved = torch.cat([identity[:, :, :-1], torch.cat([step, identity[:, -1:, -1:]], dim=1)], dim=2)
+    return torch.where(fits[:, None, None], joined, moved)
+
+
+class AffineFit(nn.Module):
+    """Register by the affine map that fits best what a network answers in both directions.
+
+    A map has few numbers and every voxel of the content votes on them, so that it is right where attention is right on
+    the average. In further rounds the moving image is moved by the map so far and the network asked again. Where the
+    network is equivariant to translations of either image, so is the fit.
+
+    Args:
+        net: a network called `net(moving, fixed)`.
+        rounds: how often it is asked.
+
+    Raises:
+        ValueError: if `rounds` is not an integer of at least 1.
+
+    Example:
+        >>> class Half(nn.Module):
+        ...     def forward(self, moving, fixed):
+        ...         return torch.full((1, 2, 4, 4), 0.5) * (1 if moving.mean() < fixed.mean() else -1)
+        >>> AffineFit(Half())(torch.ones(1, 1, 4, 4), torch.full((1, 1, 4, 4), 2.0)).unique().tolist()
+        [0.5]
+    """
+
+    def __init__(self, net: nn.Module, rounds: int = 1) -> None:
+        super().__init__()
+        if not is_count(rounds, 1):
+            raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}.")
+        self.net = net
+        self.rounds = rounds
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Register a pair of images.
+
+        Args:
+            moving: `(B, C, *moving shape)`, background 0.
+            fixed: `(B, C, *fixed shape)`, background 0.
+
+        Returns:
+            ddf `(B, D, *fixed shape)`, voxels, of an affine map; zero for a sample of which either image is empty.
+        """
+        shape = list(fixed.shape[2:])
+        map_so_far = self._fit(moving, fixed)
+        for _ in range(self.rounds - 1):
+            map_so_far = map_so_far @ self._fit(self._moved(moving, map_so_far, shape), fixed)
+        return keep_if_content(affine_ddf(map_so_far, shape).to(fixed.dtype), moving, fixed)
+
+    def _fit(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Return the map of one round, `(B, D + 1, D + 1)`, float64."""
+        ddf, back = self._answers(moving, fixed)
+        first, last = content_box(fixed)
+        return halfway(
+            fit_affine(ddf, _content(fixed)), fit_affine(back, _content(moving)), (first + last).double() / 2
+        )
+
+    def _answers(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Ask the network in both directions."""
+        if torch.jit.is_scripting():
+            return self.net(moving, fixed), self.net(fixed, moving)
+        else:
+            return both(self.net, moving, fixed)
+
+    def _moved(self, moving: torch.Tensor, matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
+        """Return the moving image on the fixed grid, with a rim of its content that does not hang on rounding."""
+        ddf = affine_ddf(matrix, shape).to(moving.dtype)
+        inside = warp(_content(moving).to(moving.dtype), ddf, mode="linear", padding="zeros") > 0.5
+        return warp(moving, ddf, mode="linear", padding="zeros") * inside
+
+
+def _content(image: torch.Tensor) -> torch.Tensor:
+    """Return where an image has content, `(B, 1, *shape)`, boolean."""
+    return (image != 0).any(dim=1, keepdim=True)
