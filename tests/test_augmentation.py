@@ -126,7 +126,7 @@ def test_rand_deform_turns_and_scales_about_the_center() -> None:
     torch.testing.assert_close(ddf[0, :, 20, 3, 8], -ddf[0, :, 4, 21, 16], atol=1e-5, rtol=0)
     turned = RandDeformd(["moving"], scale=0.0, sigma=(), points=()).set_random_state(3)._draw((size, size, size))
     spoke, moved = torch.tensor([8.0, -9.0, -4.0]), turned[0, :, 20, 3, 8]
-    assert torch.dot(moved, spoke).abs() < 1e-3 < moved.norm()  # at right angles: a turn
+    assert abs((spoke + moved).norm() - spoke.norm()) < 1e-4 and moved.norm() > 1  # as long as before: a turn
 
 
 def test_painted_pairs_share_what_is_compared() -> None:

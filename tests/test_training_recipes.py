@@ -28,7 +28,7 @@ def learned(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_labels_take_part_in_training(weight: float, tmp_path: Path) -> None:
     """The embedded images have labels; what they weigh decides what is learned."""
-    options = {**SMALL, "num_labels": 20, "shape": [16, 16, 16], "spatial_dims": 3}
+    options = {**SMALL, "num_labels": 20, "shape": [16, 16, 16], "spatial_dims": 3, "train#random_transforms": []}
     run("training", "train", "labels", **options, label_weight=weight, output_dir=str(tmp_path / "labels"))
     run("training", "train", **options, regularity_weight=0.5, output_dir=str(tmp_path / "images"))
     with_labels, without = learned(tmp_path / "labels"), learned(tmp_path / "images")

@@ -169,8 +169,8 @@ class RandDeformd(Randomizable, MapTransform):
 
     Args:
         keys: the label maps `(1, *shape)`.
-        turn: standard deviation of the entries of the linear part that turn, without a unit (radians where small).
-        scale: the same of those that scale and shear.
+        turn: standard deviation of the turn about each axis, radians.
+        scale: standard deviation of what scales and shears, without a unit.
         sigma: standard deviation of each pass of the smooth warp, as fractions of the shortest side.
         points: control points along each axis, for each pass.
         same: probability that the image of the first key takes the place of all others before they are deformed.
@@ -212,10 +212,12 @@ class RandDeformd(Randomizable, MapTransform):
     def _draw(self, shape: Sequence[int]) -> torch.Tensor:
         """Return a ddf `(1, D, *shape)`, voxels."""
         generator, dims = np.random.default_rng(int(self.R.randint(2**31))), len(shape)
-        noise = generator.standard_normal((2, dims, dims))
-        linear = self.turn * (noise[0] - noise[0].T) / 2**0.5 + self.scale * (noise[1] + noise[1].T) / 2
+        noise = torch.from_numpy(generator.standard_normal((2, dims, dims)))
+        turn = torch.linalg.matrix_exp(self.turn * (noise[0] - noise[0].T) / 2**0.5)
+        stretch = self.scale * (noise[1] + noise[1].T) / 2
+        linear = turn @ (torch.eye(dims) + stretch) - torch.eye(dims)
         from_center = identity_grid(list(shape)) - _center(shape)
-        ddf = torch.einsum("ij,bj...->bi...", torch.from_numpy(linear).float(), from_center)
+        ddf = torch.einsum("ij,bj...->bi...", linear.float(), from_center)
         for sigma, points in zip(self.sigma, self.points):
             ddf = ddf + smooth_field(shape, points, sigma * min(shape), generator)
         return ddf

@@ -2,9 +2,10 @@
 
     python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/attention.pt --steps 6000
 
-Each step deforms and paints one label map twice, as `brain_coarse.json` does, so that the true partner of every voxel
-is known. Features of the pooled images are compared as attention compares them, and the cross-entropy of its softmax,
-in both directions, is minimized: a loss with a slope even while the attention still looks everywhere.
+Each step deforms and paints one label map twice, as `brain_coarse.json` does but turned further, so that the true
+partner of every voxel is known. Features of the pooled images are compared as attention compares them, and the
+cross-entropy of its softmax, in both directions, is minimized: a loss with a slope even while the attention still looks
+everywhere.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SIGMA = 0.6  # how far from its true partner a voxel may look, standard deviation, pooled voxels
 
 
-def _parser(dataset_dir: str, seed: int) -> ConfigParser:
-    """Return the configuration of the next stage, with pairs of one label map alone and without what losses carry."""
+def _parser(dataset_dir: str, turn: float, seed: int) -> ConfigParser:
+    """Return the configuration of the next stage, for pairs of one label map alone, with room to turn it."""
     parser = ConfigParser()
     parser.read_config([CONFIGS / f"{name}.json" for name in ("train", "brain", "brain_coarse")])
     parser["dataset_dir"], parser["seed"], parser["bundle_root"] = dataset_dir, seed, str(CONFIGS.parent)
-    parser["train"]["random_transforms"][0]["same"] = 1.0
+    parser["shape"] = [max(parser["shape"])] * 3
+    parser["train"]["random_transforms"][0].update(same=1.0, turn=turn)
     parser["train"]["carried_transforms"] = []
     return parser
 
@@ -91,7 +93,13 @@ def items(parser: ConfigParser) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def main(
-    dataset_dir: str, output: str, steps: int = 6000, learning_rate: float = 1e-3, pairs: int = 2, seed: int = 1
+    dataset_dir: str,
+    output: str,
+    steps: int = 6000,
+    learning_rate: float = 1e-3,
+    pairs: int = 2,
+    turn: float = 0.5,
+    seed: int = 1,
 ) -> None:
     """Train, and write the weights that `--pretrained` of the next stage takes.
 
@@ -101,13 +109,14 @@ def main(
         steps: how long to train.
         learning_rate: Adam's at the start; it falls along a cosine.
         pairs: pairs of a step.
+        turn: standard deviation of the turn of each image about each axis, radians.
         seed: of everything random.
     """
     set_determinism(seed)
     sys.path.insert(0, str(CONFIGS.parent))  # where the configurations find `scripts`
-    parser = _parser(dataset_dir, seed)
+    parser = _parser(dataset_dir, turn, seed)
     network: nn.Module = parser.get_parsed_content("network_def")
-    pool = network.net.first
+    pool = network.net.first.net
     optimizer = torch.optim.Adam(pool.parameters(), lr=learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 100)
     generator, source = np.random.default_rng(seed), items(parser)
