@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-ants label deploy release lint format demo train-hippocampus train-brain train-vessels clean
+.PHONY: help venv test test-slow test-ants label deploy release lint format demo train-hippocampus train-hippocampus-labels train-brain train-vessels clean
 
 help: ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,7 +79,10 @@ data = $(if $(DATA),$(abspath $(DATA)),$(error say where the images are: make $@
 train-hippocampus: $(STAMP) ## train the weights `hippocampus`: make train-hippocampus DATA=...
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_hippocampus.sh "$(data)/Task04_Hippocampus" output/hippocampus
 
-train-brain: $(STAMP) ## train a network for brain MR from label maps: make train-brain DATA=...
+train-hippocampus-labels: $(STAMP) ## train the weights `hippocampus_labels`: make train-hippocampus-labels DATA=...
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_hippocampus_labels.sh "$(data)/Task04_Hippocampus" output/hippocampus_labels
+
+train-brain: $(STAMP) ## train the weights `brain` from label maps, and what refines them: make train-brain DATA=...
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_brain.sh "$(data)/brain_synthseg_labels_2mm" output/brain
 
 train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=...
