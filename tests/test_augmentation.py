@@ -175,5 +175,7 @@ def test_rand_deform_says_which_point_each_voxel_shows() -> None:
     assert item["fixed"].max() == 1
     different = RandDeformd(keys, **{**where, "same": 0.0}).set_random_state(0)(item)
     assert different["moving_at"][3].max() == 0 == different["fixed_at"][3].max() and different["fixed"].max() == 1
+    alone = RandDeformd(keys, **where, allow_missing_keys=True)({"fixed": item["fixed"]})
+    assert set(alone) == {"fixed", "fixed_at"}
     with pytest.raises(ValueError, match="one of coordinates_keys per key"):
         RandDeformd(keys, coordinates_keys=["moving_at"])

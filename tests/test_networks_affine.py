@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from equireg.fields import identity_grid, warp
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, AffineFit, PairNetwork
+from equireg.networks.active import content_box
 from equireg.networks.affine import affine_ddf, fit_affine, halfway
 
 SHAPES = {2: (9, 14), 3: (7, 9, 12)}
@@ -163,16 +165,58 @@ def test_gradients_reach_the_network_and_empty_samples_get_zero() -> None:
 
 
 def test_fit_and_halfway_have_the_right_gradients() -> None:
-    ddf = (
-        affine_ddf(matrix(2), [4, 5]) + 0.01 * content(4, 5, channels=2, batch=2, dtype=torch.float64)
-    ).requires_grad_()
     there, back = matrix(2), torch.linalg.inv(matrix(2, seed=2))
     inputs = [m.clone().requires_grad_() for m in (there, back)]
     point = torch.ones(2, 2, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda a, b: halfway(a, b, point), inputs)
-    # The weights of a fit are held, so that its slope is that of weighted least squares: exact where nothing is wrong.
-    fit_affine(ddf, torch.ones(2, 1, 4, 5)).sum().backward()
-    assert ddf.grad is not None and torch.isfinite(ddf.grad).all()
+    # Of a field that a map describes the robust fit is the plain one, slope and all.
+    ddf = affine_ddf(matrix(2), [4, 5]).requires_grad_()
+    votes = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (fit_affine(ddf, torch.ones(2, 1, 4, 5)) * votes).sum().backward()
+    at = torch.cat([identity_grid([4, 5], torch.float64).flatten(2)[0], torch.ones(1, 20).double()])
+    plain = votes[:, :2] @ torch.linalg.pinv(at).T
+    torch.testing.assert_close(ddf.grad.flatten(2), plain, rtol=0, atol=1e-4)
+
+
+def test_samples_without_a_root_leave_the_gradients_of_others_alone() -> None:
+    there = torch.stack([torch.diag(torch.tensor(d)) for d in ([0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [-1.0, 1.0, 1.0])])
+    there, back = (m.double().requires_grad_() for m in (there, torch.eye(3).repeat(3, 1, 1)))
+    found = halfway(there, back, torch.ones(3, 2, dtype=torch.float64))
+    (found * torch.arange(9.0).reshape(3, 3)).sum().backward()
+    assert there.grad.isfinite().all() and back.grad.isfinite().all()
+    assert (there.grad[1] != 0).any() and (there.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_coordinates_are_never_counted_in_half_precision(dtype: torch.dtype) -> None:
+    fixed, moving = blob((20, 22), (9, 10), (3, 3)).to(dtype), blob((22, 20), (12, 8), (4, 2)).to(dtype)
+    ddf = AffineFit(Blobs(0.7), 2)(moving, fixed)
+    assert ddf.dtype == torch.promote_types(dtype, torch.float32) and ddf.isfinite().all()
+
+
+class Recorded(nn.Module):
+    """Answer the vector between the centers of the boxes, and note where the content of each moving image begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[list[int]] = []
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        (first, last), (fixed_first, fixed_last) = content_box(moving), content_box(fixed)
+        self.sizes.append((last - first)[0].tolist())
+        by = (first + last - fixed_first - fixed_last).to(moving.dtype) / 2
+        return by.reshape(1, 2, 1, 1).expand(1, 2, *fixed.shape[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_content_moved_by_half_a_voxel_is_the_same_from_everywhere(dtype: torch.dtype) -> None:
+    sizes = set()
+    for at in range(12):
+        net = Recorded()
+        moving, fixed = content(12, 11, dtype=dtype), content(13, 14, seed=1, dtype=dtype)
+        AffineFit(net, 2)(place(moving, (40, 40), (at, 2 * at)), place(fixed, (40, 40), (13, 12)))
+        sizes.add(tuple(net.sizes[2]))  # what the second round is given
+    assert len(sizes) == 1
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -185,13 +229,18 @@ def test_scripting_and_files(nesting: str) -> None:
     same, plain = CARL(**net.arguments), CARL(2, nesting=nesting, **SMALL)
     same.load_state_dict(net.state_dict())
     assert "affine_rounds" not in plain.arguments, "files written before the argument existed must keep loading"
-    with pytest.raises((ValueError, RuntimeError), match="affine_rounds|Missing key"):
-        plain.load_state_dict(net.state_dict())
+    state = {**plain.state_dict(), "_extra_state": net.state_dict()["_extra_state"]}
+    with pytest.raises(ValueError, match="affine_rounds 2 instead of None"):
+        plain.load_state_dict(state)
+    named = json.dumps({**plain.arguments, "affine_rounds": 0})
+    plain.load_state_dict({**plain.state_dict(), "_extra_state": torch.tensor(list(named.encode()), dtype=torch.uint8)})
 
 
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="rounds must be an integer of at least 1, got 0"):
         AffineFit(Blobs(1.0), 0)
+    with pytest.raises(ValueError, match="0 for nesting 'attention'"):
+        CARL(2, **SMALL, nesting="attention", extra_refinements=1)
     for options in ({"affine_rounds": -1}, {"affine_rounds": 1, "nesting": "left"}):
         with pytest.raises(ValueError, match="affine_rounds must be at least 0"):
             CARL(2, **SMALL, **options)

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 from helpers_bundle import TINY_TRAINING, blob, inside_bundle, run, save_image
+from monai.bundle import ConfigParser
+from monai.transforms import Compose
+
+from equireg.weights import load_network, read_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
 SMALL = {**TINY_TRAINING, "val_pairs": 1, "iterations": 1}
@@ -34,6 +38,26 @@ def test_labels_take_part_in_training(weight: float, tmp_path: Path) -> None:
     with_labels, without = learned(tmp_path / "labels"), learned(tmp_path / "images")
     same = all(torch.equal(with_labels[name], without[name]) for name in without if "weight" in name)
     assert same == (weight == 0.0)
+
+
+def test_labels_move_along_when_labeled_pairs_are_varied(tmp_path: Path) -> None:
+    """The stock variations of `labels.json`: label follows image, background stays 0, and both sides differ."""
+    parser = ConfigParser()
+    parser.read_config([f"configs/{name}.json" for name in ("train", "labels")])
+    vary = Compose(parser.get_parsed_content("train#random_transforms")).set_random_state(0)
+    box = torch.zeros(1, 32, 32, 32)
+    box[:, 8:24, 10:22, 9:20] = 1.0
+    item = {key: box.clone() for key in ("moving", "moving_label", "fixed", "fixed_label")}
+    sizes = set()
+    for _ in range(5):
+        out = vary(item)
+        for side in ("moving", "fixed"):
+            image, label = out[side].as_tensor(), out[f"{side}_label"].as_tensor()
+            assert set(label.unique().tolist()) <= {0.0, 1.0} and (image == 0).any()
+            assert ((image > 0.5) == (label > 0.5)).float().mean() > 0.99
+            sizes.add(int(label.sum()))
+    assert len(sizes) > 5
+    run("training", "train", "labels", **SMALL, num_labels=20, shape=[16, 16, 16], output_dir=str(tmp_path / "out"))
 
 
 @pytest.fixture
@@ -88,6 +112,8 @@ def test_correspondence_is_least_where_partners_look_alike(brain_attention: Modu
     right = brain_attention.correspondence(*turned, shares)
     wrong = brain_attention.correspondence(torch.stack([features, features]), turned[1], shares)
     indifferent = brain_attention.correspondence(torch.zeros(2, 27, 3, 3, 3), turned[1], shares)
+    far = [turned[0], torch.stack([places, places + 100])]
+    assert brain_attention.correspondence(*far, shares) == 0 == brain_attention.correspondence(*turned, 0 * shares)
     assert right < indifferent < wrong and indifferent.item() == pytest.approx(np.log(27), rel=1e-5)
 
 
@@ -99,5 +125,18 @@ def test_stages_of_the_brain_take_each_others_weights(
     options = {k: v for k, v in SMALL.items() if not k.startswith("network_def")}
     options = {**options, "dataset_dir": str(label_maps), "shape": [24, 24, 24], "val_pairs": 2, "learning_rate": 0.0}
     run("training", "train", "brain", "brain_coarse", **options, pretrained=first, output_dir=str(tmp_path / "out"))
+    brain_start = importlib.import_module("brain_start")
+    for nesting, source in (("attention", first), ("right", str(tmp_path / "out" / "model.pt"))):
+        brain_start.main(source, str(tmp_path / f"from_{nesting}.pt"), nesting)
+        made = load_network(tmp_path / f"from_{nesting}.pt").attention_stage().state_dict()
+        assert all(
+            torch.equal(made[name[6:]], value)
+            for name, value in read_state(first).items()
+            if "first.net.net.encoder" in name
+        )
+    with pytest.raises(ValueError, match="weights of another network"):
+        brain_start.main(str(tmp_path / "from_right.pt"), str(tmp_path / "wrong.pt"))
+    with pytest.raises(ValueError, match="no weights of the first stage"):
+        brain_start.main(str(tmp_path / "from_right.pt"), str(tmp_path / "wrong.pt"), "attention")
     before, after = torch.load(first, weights_only=True), learned(tmp_path / "out")
     assert all(torch.equal(after[name], before[name]) for name in after if "encoder" in name and "weight" in name)

@@ -170,7 +170,7 @@ class RandDeformd(Randomizable, MapTransform):
     Args:
         keys: the label maps `(1, *shape)`.
         turn: standard deviation of the turn about each axis, radians.
-        scale: standard deviation of what scales and shears, without a unit.
+        scale: standard deviation of the scale along each axis, without a unit; shears get `1 / sqrt(2)` of it.
         sigma: standard deviation of each pass of the smooth warp, as fractions of the shortest side.
         points: control points along each axis, for each pass.
         same: probability that the image of the first key takes the place of all others before they are deformed.
@@ -226,8 +226,9 @@ class RandDeformd(Randomizable, MapTransform):
         """Return a copy of the item with every image deformed."""
         item = dict(data)
         present = list(self.key_iterator(item))
-        same = bool(self.R.random() < self.same)
-        for number, key in enumerate(present):
+        same = self.same > 0 and bool(self.R.random() < self.same)
+        places = dict(zip(self.keys, self.coordinates_keys))
+        for key in present:
             source = data[present[0] if same else key]
             values = _plain(source)
             ddf = self._draw(values.shape[1:])
@@ -236,7 +237,7 @@ class RandDeformd(Randomizable, MapTransform):
             if self.coordinates_keys:
                 known = (warped != 0).float() * same
                 place = identity_grid(list(values.shape[1:])) + ddf - _center(values.shape[1:])
-                item[self.coordinates_keys[number]] = _with_meta(torch.cat([place[0], known]), source)
+                item[places[key]] = _with_meta(torch.cat([place[0], known]), source)
         return item
 
 

@@ -283,7 +283,7 @@ class CorrespondenceLoss(_Loss):
             )
         squares = (full_precision(pred) - full_precision(target))[:, :-1].square().sum(dim=1)
         weight = full_precision(target)[:, -1]
-        return (((squares + 1).sqrt() - 1) * weight).sum() / weight.sum().clamp(min=1.0)
+        return (((squares + 1).sqrt() - 1) * weight).sum() / weight.sum().clamp(min=1e-6)
 
 
 class LabeledSimilarity(_Loss):

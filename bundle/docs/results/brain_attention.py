@@ -1,6 +1,6 @@
 """Teach the attention of `brain` which points correspond, before anything is registered: the first of three stages.
 
-    python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/attention.pt --steps 6000
+    python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/attention.pt --steps 3000
 
 Each step deforms and paints one label map twice, as `brain_coarse.json` does but turned further, so that the true
 partner of every voxel is known. Features of the pooled images are compared as attention compares them, and the
@@ -52,11 +52,11 @@ def pooled(item: dict[str, torch.Tensor], key: str, factor: int, start: list[int
     Returns:
         image `(1, *pooled)`, places in pooled voxels `(D, *pooled)` and the share of content `(*pooled,)`.
     """
-    image, coordinates = item[key], item[f"{key}_coordinates"]
+    image, places = item[key], item[f"{key}_coordinates"][:-1]
     ends = [-(size + factor - 1) % factor + factor - 1 - begin for size, begin in zip(image.shape[1:], start)]
     pads = [value for begin, end in zip(reversed(start), reversed(ends)) for value in (begin, end)]
-    known = coordinates[-1:]
-    stack = F.avg_pool3d(F.pad(torch.cat([image, coordinates[:-1] * known, known]), pads), factor)
+    content = (image != 0).float()
+    stack = F.avg_pool3d(F.pad(torch.cat([image, places * content, content]), pads), factor)
     return stack[:1], stack[1:-1] / stack[-1].clamp(min=1e-3) / factor, stack[-1]
 
 
@@ -69,19 +69,22 @@ def correspondence(features: torch.Tensor, places: torch.Tensor, shares: torch.T
         shares: `(2, *pooled)`, share of content; voxels with less than half take no part.
 
     Returns:
-        scalar.
+        scalar; 0 where no voxel has a partner.
     """
     (moving, there), (fixed, here) = (
         (feature.flatten(1)[:, keep].T, place.flatten(1)[:, keep].T)
         for feature, place, keep in zip(features, places, (shares > 0.5).flatten(1))
     )
     logits, squares = fixed @ moving.T, torch.cdist(here, there).square()
-    losses = []
+    losses = [features.sum() * 0]
+    if min(logits.shape) == 0:
+        return losses[0]
     for products, distances in ((logits, squares), (logits.T, squares.T)):
         has_partner = distances.amin(dim=1) < 1.0
         target = torch.softmax(-distances[has_partner] / (2 * SIGMA**2), dim=1)
-        losses.append(F.cross_entropy(products[has_partner], target))
-    return (losses[0] + losses[1]) / 2
+        if has_partner.any():
+            losses.append(F.cross_entropy(products[has_partner], target) / 2)
+    return torch.stack(losses).sum()
 
 
 def items(parser: ConfigParser) -> Iterator[dict[str, torch.Tensor]]:
@@ -95,7 +98,7 @@ def items(parser: ConfigParser) -> Iterator[dict[str, torch.Tensor]]:
 def main(
     dataset_dir: str,
     output: str,
-    steps: int = 6000,
+    steps: int = 3000,
     learning_rate: float = 1e-3,
     pairs: int = 2,
     turn: float = 0.5,

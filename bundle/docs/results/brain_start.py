@@ -22,7 +22,7 @@ PLACES = {
 
 
 def main(coarse: str, output: str, nesting: str = "right") -> None:
-    """Write weights of `CARL` that answer as those of `brain_coarse.json` do.
+    """Write weights of `CARL` that do what those of `brain_coarse.json` do.
 
     Args:
         coarse: weights that a training with `brain_coarse.json` wrote, or `brain_attention.py`.
@@ -39,10 +39,14 @@ def main(coarse: str, output: str, nesting: str = "right") -> None:
         affine_rounds=3,
     )
     state = PairNetwork(network).state_dict()
-    for name, value in read_state(coarse).items():
-        for begin, place in PLACES[nesting].items():
-            if name.startswith(begin):
-                state[name.replace(begin, place, 1)] = value
+    learned = {name: value for name, value in read_state(coarse).items() if nesting == "right" or name[:6] == "first."}
+    for name, value in learned.items():
+        begin = next((begin for begin in PLACES[nesting] if name.startswith(begin)), None)
+        if begin is None:
+            raise ValueError(f"{coarse} holds weights of another network: it has '{name}'.")
+        state[name.replace(begin, PLACES[nesting][begin], 1)] = value
+    if not learned:
+        raise ValueError(f"{coarse} holds no weights of the first stage, whose names begin with 'first.'.")
     PairNetwork(network).load_state_dict(state)
     save_atomically(state, output)
 

@@ -5,7 +5,7 @@ from typing import List, Tuple
 import torch
 from torch import nn
 
-from ..fields import identity_grid, warp
+from ..fields import full_precision, identity_grid, warp
 from .active import content_box, is_count, keep_if_content
 from .combinators import both
 
@@ -61,10 +61,12 @@ def fit_affine(ddf: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         center, step = (part * at).sum(dim=2, keepdim=True), (part * steps).sum(dim=2, keepdim=True)
         away = at - center
         spread = (part * away) @ away.transpose(1, 2) + 1e-6 * identity
-        slope = torch.linalg.solve(spread, away @ (part * (steps - step)).transpose(1, 2)).transpose(1, 2)
+        slope = torch.linalg.solve_ex(spread, away @ (part * (steps - step)).transpose(1, 2))[0].transpose(1, 2)
         offset = step - slope @ center
         error = (steps - slope @ at - offset).detach().square().sum(dim=1, keepdim=True)
-        scale = ((known * error.sqrt()).sum(dim=2, keepdim=True) / total).square().clamp(min=1e-12)
+        scale = (
+            ((known * error.sqrt()).sum(dim=2, keepdim=True) / total).square().clamp(min=1e-6)
+        )  # a thousandth of a voxel is no error
         part = known / (1 + error / scale)
         part = part / part.sum(dim=2, keepdim=True).clamp(min=1e-12)
     bottom = torch.zeros_like(offset[:, :1]).expand(-1, 1, dims)
@@ -75,8 +77,8 @@ def fit_affine(ddf: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, largest_change: float = 8.0) -> torch.Tensor:
     """Join a map and one that should be its inverse into one map, which follows both alike.
 
-    `there (back there)^(-1/2)`: swapping the two inverts it. Attention that is not sure of itself answers nearer to the
-    center, in both directions; that cancels.
+    `there (back there)^(-1/2)`: where the root exists, swapping the two inverts the answer. Attention that is not sure
+    of itself answers nearer to the center, in both directions; that cancels.
 
     Args:
         there: `(B, D + 1, D + 1)`, homogeneous, from fixed to moving indices.
@@ -86,7 +88,7 @@ def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, larges
 
     Returns:
         `(B, D + 1, D + 1)`, from fixed to moving indices; the translation of `point` in `there` where the root does not
-        exist, or the map mirrors or changes volumes by more: then the answers are none that an affine map describes.
+        exist, or the map mirrors or changes volumes by more.
 
     Example:
         >>> shrinking = torch.diag(torch.tensor([0.5, 1.0]))[None]
@@ -95,28 +97,43 @@ def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, larges
     """
     size = there.shape[1]
     identity = torch.eye(size, dtype=there.dtype, device=there.device).expand_as(there)
-    # Denman and Beavers, Applied Mathematics and Computation 2, 1976: the pair goes to the root and its inverse.
-    root, inverse = back @ there, identity
+    inverse = _inverse_root((back @ there).detach())
+    joined = there.detach() @ inverse
+    volume = torch.linalg.det(joined[:, :-1, :-1])
+    found = (inverse @ (back @ there).detach() @ inverse - identity).abs().flatten(1).amax(dim=1) < 1e-3
+    fits = found & joined.isfinite().flatten(1).all(dim=1) & (volume * largest_change > 1) & (volume < largest_change)
+    step = (there[:, :-1, :-1] - identity[:, :-1, :-1]) @ point.unsqueeze(2) + there[:, :-1, -1:]
+    moved = torch.cat([identity[:, :, :-1], torch.cat([step, identity[:, -1:, -1:]], dim=1)], dim=2)
+    # Once more, with gradients, for those that have a root: the others' would be NaN, also where they are not used.
+    fits = fits[:, None, None]
+    there, product = torch.where(fits, there, identity), torch.where(fits, back @ there, identity)
+    return torch.where(fits, there @ _inverse_root(product), moved)
+
+
+def _inverse_root(product: torch.Tensor) -> torch.Tensor:
+    """Return `product^(-1/2)`, `(B, D + 1, D + 1)`, or anything where there is none.
+
+    Reference: Denman and Beavers, Applied Mathematics and Computation 2, 1976: the pair goes to the root and its
+    inverse.
+    """
+    root, inverse = product, torch.eye(product.shape[1], dtype=product.dtype, device=product.device).expand_as(product)
     for _ in range(20):
         root, inverse = (
             (root + torch.linalg.inv_ex(inverse)[0]) / 2,
             (inverse + torch.linalg.inv_ex(root)[0]) / 2,
         )
-    joined = there @ inverse
-    volume = torch.linalg.det(joined[:, :-1, :-1])
-    found = (inverse @ back @ there @ inverse - identity).abs().flatten(1).amax(dim=1) < 1e-3
-    fits = found & joined.isfinite().flatten(1).all(dim=1) & (volume * largest_change > 1) & (volume < largest_change)
-    step = (there[:, :-1, :-1] - identity[:, :-1, :-1]) @ point.unsqueeze(2) + there[:, :-1, -1:]
-    moved = torch.cat([identity[:, :, :-1], torch.cat([step, identity[:, -1:, -1:]], dim=1)], dim=2)
-    return torch.where(fits[:, None, None], joined, moved)
+    return inverse
 
 
 class AffineFit(nn.Module):
     """Register by the affine map that fits best what a network answers in both directions.
 
     A map has few numbers and every voxel of the content votes on them, so that it is right where attention is right on
-    the average. In further rounds the moving image is moved by the map so far and the network asked again. Where the
-    network is equivariant to translations of either image, so is the fit.
+    the average. In further rounds the moving image is moved onto the fixed grid by the map so far and the network asked
+    again; then the two directions are no longer inverse to each other.
+
+    Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
+    what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
 
     Args:
         net: a network called `net(moving, fixed)`.
@@ -154,7 +171,7 @@ class AffineFit(nn.Module):
         map_so_far = self._fit(moving, fixed)
         for _ in range(self.rounds - 1):
             map_so_far = map_so_far @ self._fit(self._moved(moving, map_so_far, shape), fixed)
-        return keep_if_content(affine_ddf(map_so_far, shape).to(fixed.dtype), moving, fixed)
+        return keep_if_content(affine_ddf(map_so_far, shape).to(full_precision(fixed[:0]).dtype), moving, fixed)
 
     def _fit(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Return the map of one round, `(B, D + 1, D + 1)`, float64."""
@@ -172,9 +189,10 @@ class AffineFit(nn.Module):
             return both(self.net, moving, fixed)
 
     def _moved(self, moving: torch.Tensor, matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
-        """Return the moving image on the fixed grid, with a rim of its content that does not hang on rounding."""
-        ddf = affine_ddf(matrix, shape).to(moving.dtype)
-        inside = warp(_content(moving).to(moving.dtype), ddf, mode="linear", padding="zeros") > 0.5
+        """Return the moving image on the fixed grid, and what is content there."""
+        ddf = affine_ddf(matrix, shape).to(full_precision(moving[:0]).dtype)
+        # Displacements by halves and quarters of a voxel are common: at their values rounding would decide.
+        inside = warp(_content(moving).to(moving.dtype), ddf, mode="linear", padding="zeros") > 0.4
         return warp(moving, ddf, mode="linear", padding="zeros") * inside
 
 

@@ -26,7 +26,7 @@ class CARL(nn.Module):
     - "deck": `TwoStep{TwoStep{Down_f{Xi}, Psi1}, Psi2}`, both U-Nets at full resolution;
     - "right": `TwoStep{Down_f{Xi}, TwoStep{Down_2{Psi1}, Psi2}}`, the published network's;
     - "left": `TwoStep{Down_2{TwoStep{Down_(f/2){Xi}, Psi1}}, Psi2}`;
-    - "attention": `Down_f{Xi}`, which nothing refines.
+    - "attention": `Down_f{Xi}` alone.
 
     `nesting="right", factor=4, refinement_channels=(16, 32, 64, 256, 512)` has the layers of the published network.
 
@@ -49,7 +49,7 @@ class CARL(nn.Module):
             "none", "pi" or "grid". The fixed content must be thicker than `factor` voxels along every axis. The U-Nets
             do not follow.
         affine_rounds: if positive, the attention's answer gives way to the affine map that fits it best, found in so
-            many rounds, see `AffineFit`.
+            many rounds, see `AffineFit`. Where no map fits it answers a translation, which turns with nothing.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -81,8 +81,10 @@ class CARL(nn.Module):
             raise ValueError(f"nesting must be one of {', '.join(NESTINGS)}, got '{nesting}'.")
         if not is_count(factor, 1) or (nesting == "left" and factor % 2):
             raise ValueError(f"factor must be at least 1, and even for nesting 'left', got {factor}.")
-        if not is_count(extra_refinements, 0):
-            raise ValueError(f"extra_refinements must be at least 0, got {extra_refinements}.")
+        if not is_count(extra_refinements, 0) or (extra_refinements > 0 and nesting == "attention"):
+            raise ValueError(
+                f"extra_refinements must be at least 0, and 0 for nesting 'attention', got {extra_refinements}."
+            )
         if not is_count(affine_rounds, 0) or (affine_rounds > 0 and nesting == "left"):
             raise ValueError(f"affine_rounds must be at least 0, and 0 for nesting 'left', got {affine_rounds!r}.")
         self.spatial_dims = spatial_dims
@@ -145,7 +147,7 @@ class CARL(nn.Module):
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Register in both directions, encoding each image once.
+        """Register in both directions, encoding each image once, unless there are affine rounds.
 
         Args:
             moving: `(B, C, *moving shape)`.
@@ -181,8 +183,8 @@ class CARL(nn.Module):
             ValueError: naming the arguments that differ.
         """
         theirs = arguments_from_state(state)
-        if theirs.get("rotation_group") == "none":
-            del theirs["rotation_group"]
+        unused = {"rotation_group": "none", "affine_rounds": 0}
+        theirs = {name: value for name, value in theirs.items() if name not in unused or value != unused[name]}
         differing = [
             f"{name} {theirs.get(name)} instead of {self._arguments.get(name)}"
             for name in sorted(set(theirs) | set(self._arguments))
