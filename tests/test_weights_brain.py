@@ -1,0 +1,40 @@
+"""The weights `brain` on real brains that no training has seen, turned far from each other."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import equireg
+from equireg.fields import jacobian_determinant, warp
+from equireg.inferer import RegistrationInferer
+from equireg.networks import PairNetwork
+
+
+def test_brains_turned_far_apart_are_brought_together(
+    root: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shared_data / "brain_malf_2mm"
+    if not folder.exists():
+        pytest.skip("the folder brain_malf_2mm is not there")
+    monkeypatch.syspath_prepend(str(root / "bundle" / "docs" / "results"))
+    compare = importlib.import_module("compare")
+    data = compare.DATA["brain"]
+    item = compare.turned(compare.pairs(data, folder, "validation", 1)[0], 60)
+    images = {key: torch.as_tensor(item[key])[None].float() for key in compare.PAIR_KEYS}
+    labels = compare.common_labels(data, folder)
+
+    def overlap(moved: torch.Tensor) -> float:
+        dice = compare.label_dice(moved, images["fixed_label"], labels)
+        return sum(dice.values()) / len(dice)
+
+    network = PairNetwork(equireg.load_network("brain")).eval()
+    with torch.no_grad():
+        ddf = RegistrationInferer()(images["moving"], network, fixed=images["fixed"])[:, :3]
+    assert overlap(images["moving_label"]) < 0.05
+    assert overlap(warp(images["moving_label"], ddf, mode="nearest", padding="zeros")) > 0.3
+    volume = jacobian_determinant(ddf)
+    assert volume.min() > 0.5 and volume.max() - volume.min() < 1e-3  # an affine map
