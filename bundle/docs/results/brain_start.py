@@ -36,7 +36,7 @@ def main(coarse: str, output: str, nesting: str = "right") -> None:
         nesting=nesting,
         refinement_channels=(16, 32, 64, 96, 96),
         padding=1,
-        affine_rounds=3,
+        affine_rounds=5,
     )
     state = PairNetwork(network).state_dict()
     learned = {name: value for name, value in read_state(coarse).items() if nesting == "right" or name[:6] == "first."}
