@@ -35,7 +35,7 @@ def affine_ddf(matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
 def fit_affine(ddf: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Fit an affine map to a ddf by least squares, reweighted so that few wrong voxels count little.
 
-    Five rounds with the weights `1 / (1 + r^2 / s^2)` of Cauchy's distribution, `r` the distance of a voxel's answer
+    Five passes with the weights `1 / (1 + r^2 / s^2)` of Cauchy's distribution, `r` the distance of a voxel's answer
     from the map and `s` its mean. Along an axis on which all voxels are equal there is nothing to fit, and the
     displacement is continued.
 
@@ -64,9 +64,8 @@ def fit_affine(ddf: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         slope = torch.linalg.solve_ex(spread, away @ (part * (steps - step)).transpose(1, 2))[0].transpose(1, 2)
         offset = step - slope @ center
         error = (steps - slope @ at - offset).detach().square().sum(dim=1, keepdim=True)
-        scale = (
-            ((known * error.sqrt()).sum(dim=2, keepdim=True) / total).square().clamp(min=1e-6)
-        )  # a thousandth of a voxel is no error
+        # An error of a thousandth of a voxel is none.
+        scale = ((known * error.sqrt()).sum(dim=2, keepdim=True) / total).square().clamp(min=1e-6)
         part = known / (1 + error / scale)
         part = part / part.sum(dim=2, keepdim=True).clamp(min=1e-12)
     bottom = torch.zeros_like(offset[:, :1]).expand(-1, 1, dims)
