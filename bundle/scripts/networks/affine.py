@@ -94,18 +94,18 @@ def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, larges
         >>> halfway(shrinking, shrinking, torch.zeros(1, 1))[0].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    size = there.shape[1]
-    identity = torch.eye(size, dtype=there.dtype, device=there.device).expand_as(there)
-    inverse = _inverse_root((back @ there).detach())
+    product = back @ there
+    identity = torch.eye(there.shape[1], dtype=there.dtype, device=there.device).expand_as(there)
+    inverse = _inverse_root(product.detach())
     joined = there.detach() @ inverse
     volume = torch.linalg.det(joined[:, :-1, :-1])
-    found = (inverse @ (back @ there).detach() @ inverse - identity).abs().flatten(1).amax(dim=1) < 1e-3
+    found = (inverse @ product.detach() @ inverse - identity).abs().flatten(1).amax(dim=1) < 1e-3
     fits = found & joined.isfinite().flatten(1).all(dim=1) & (volume * largest_change > 1) & (volume < largest_change)
     step = (there[:, :-1, :-1] - identity[:, :-1, :-1]) @ point.unsqueeze(2) + there[:, :-1, -1:]
     moved = torch.cat([identity[:, :, :-1], torch.cat([step, identity[:, -1:, -1:]], dim=1)], dim=2)
     # Once more, with gradients, for those that have a root: the others' would be NaN, also where they are not used.
     fits = fits[:, None, None]
-    there, product = torch.where(fits, there, identity), torch.where(fits, back @ there, identity)
+    there, product = torch.where(fits, there, identity), torch.where(fits, product, identity)
     return torch.where(fits, there @ _inverse_root(product), moved)
 
 
