@@ -12,9 +12,11 @@ from torch import nn
 
 from equireg.fields import identity_grid, warp
 from equireg.inferer import RegistrationInferer
-from equireg.networks import CARL, AffineFit, PairNetwork
+from equireg.networks import CARL, AffineFit, CoordinateAttention, Downsample, PairNetwork
 from equireg.networks.active import content_box
-from equireg.networks.affine import affine_ddf, fit_affine, halfway
+from equireg.networks.affine import affine_ddf, fit_affine, halfway, unexplained
+from equireg.networks.combinators import both_of_each
+from equireg.networks.rotation import rotation_group, turn, turn_matrix
 
 SHAPES = {2: (9, 14), 3: (7, 9, 12)}
 
@@ -131,7 +133,7 @@ def test_rounds_go_on_where_the_network_stops_short() -> None:
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_random_networks_follow_whole_voxel_moves_of_either_image(dims: int, rounds: int) -> None:
-    net = randomized(CARL(dims, nesting="attention", affine_rounds=rounds, **SMALL), torch.float64)
+    net = randomized(CARL(dims, nesting="attention", factor=2, affine_rounds=rounds, **SMALL), torch.float64)
     infer, pair_net = RegistrationInferer(), PairNetwork(net).eval()
     moving, fixed = (content(*size, seed=k, dtype=torch.float64) for k, size in enumerate([(13, 10, 9), (12, 11, 8)]))
     moving, fixed = (image[(..., *[0] * (3 - dims))] if dims < 3 else image for image in (moving, fixed))
@@ -151,6 +153,117 @@ def test_random_networks_follow_whole_voxel_moves_of_either_image(dims: int, rou
     shifted = wide[:, :dims][(..., *inner)] + vector((3, 0, 4)[:dims], old)
     assert (shifted - old[:, :dims][(..., *there)]).abs().max() < 1e-8
     assert old[:, :dims].flatten(2).std(dim=2).min() > 0.01  # no translation, which any network would follow
+
+
+class Dots(nn.Module):
+    """Find dots of equal value again if they lie in a similar direction from the center; answer the center else."""
+
+    def __init__(self, degrees: float) -> None:
+        super().__init__()
+        self.least = math.cos(math.radians(degrees))
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        at, here = ((image[0, 0] != 0).nonzero().double() for image in (moving, fixed))
+        center, fixed_center = at.mean(dim=0), here.mean(dim=0)
+        ddf = torch.zeros(1, fixed.dim() - 2, *fixed.shape[2:], dtype=torch.float64)
+        for dot in here:
+            alike = torch.cosine_similarity(at - center, (dot - fixed_center).unsqueeze(0)) > self.least
+            same = alike & (moving[(0, 0, *at.long().T)] == fixed[(0, 0, *dot.long())])
+            to = at[same].mean(dim=0) if same.any() else center
+            ddf[(0, slice(None), *dot.long())] = to - dot
+        return ddf
+
+
+def dots(places: torch.Tensor, side: int) -> torch.Tensor:
+    """Return an image `(1, 1, *[side] * D)` with the values 1, 2, ... at places around its center."""
+    image = torch.zeros(1, 1, *[side] * places.shape[1], dtype=torch.float64)
+    image[(0, 0, *(places.round().long() + side // 2).T)] = torch.arange(1.0, len(places) + 1, dtype=torch.float64)
+    return image
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_starts_from_turns_find_what_a_network_finds_turned_a_little(dims: int) -> None:
+    places = 8 * torch.randn(9, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64).tanh()
+    fixed, turns = dots(places, 25), rotation_group(dims, "grid")
+    generator = torch.Generator().manual_seed(2)
+    lost = 0
+    for _ in range(8):
+        rotation = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))[0]
+        rotation[:, 0] *= torch.linalg.det(rotation)
+        moving = dots(places @ rotation.T, 37)
+        errors = []
+        for starts in (turns, ()):
+            ddf = AffineFit(Dots(50.0 if dims == 2 else 70.0), 1, starts)(moving, fixed)
+            found = (ddf + identity_grid([25] * dims, torch.float64))[
+                (0, slice(None), *(places.round().long() + 12).T)
+            ].T
+            errors.append((found - 18 - places @ rotation.T).norm(dim=1).max().item())
+        assert errors[0] < 2.5, "dots lie on whole voxels, 0.9 from where they should"
+        lost += errors[1] > 5
+    assert lost >= 3, "otherwise the starts prove nothing"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_answers_follow_turns_of_the_moving_image(dims: int) -> None:
+    net = randomized(CARL(dims, nesting="attention", factor=2, affine_rounds=3, affine_turns="grid", **SMALL))
+    net, infer = net.double(), RegistrationInferer()
+    moving, fixed = (
+        content(*size[:dims], seed=k, dtype=torch.float64) for k, size in enumerate([(13, 10, 9), (12, 11, 8)])
+    )
+    turns = rotation_group(dims, "grid")
+    canvas = [16] * dims
+    with torch.no_grad():
+        old = infer(place(moving, canvas, (2, 3, 4)[:dims]), PairNetwork(net).eval(), fixed=fixed)[:, :dims]
+        points = old + identity_grid(list(fixed.shape[2:]), torch.float64) - 7.5
+        for perm, signs in turns[:: 1 if dims == 2 else 7]:
+            turned = turn(place(moving, canvas, (2, 3, 4)[:dims]), perm, signs)
+            new = infer(turned, PairNetwork(net).eval(), fixed=fixed)[:, :dims]
+            expected = torch.einsum("ij,bj...->bi...", turn_matrix(perm, signs), points)
+            got = new + identity_grid(list(fixed.shape[2:]), torch.float64) - 7.5
+            assert (got - expected).abs().max() < 1e-8
+    assert old.flatten(2).std(dim=2).min() > 0.01
+
+
+def test_unexplained_share() -> None:
+    maps, shape = matrix(2), [9, 14]
+    ddf, ones = affine_ddf(maps, shape), torch.ones(2, 1, 9, 14)
+    assert unexplained(ddf, ones, maps).max() < 1e-4
+    to_one_point = 3.0 - identity_grid(shape, torch.float64)
+    assert unexplained(to_one_point, ones[:1], fit_affine(to_one_point, ones[:1])).item() == pytest.approx(
+        1.0, abs=0.01
+    )
+    noise = torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = (ddf + identity_grid(shape, torch.float64)).flatten(2)
+    variance = points.var(dim=2, correction=0).sum(dim=1)
+    share = unexplained(ddf + 2 * noise, ones, maps)
+    assert torch.allclose(share, 8 / (variance + 8), rtol=0.15)
+    assert unexplained(ddf, 0 * ones, maps).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_pooled_voxels_lie_where_the_map_says(centered: bool) -> None:
+    image = place(content(11, 9, dtype=torch.float64), (23, 21), (5, 6))
+    net = Downsample(nn.Identity(), 4, content_phase=True, centered=centered)
+    # Where blocks lie wholly in the image, the mean of the coordinates of their voxels is that of their center.
+    coordinates = identity_grid([23, 21], torch.float64)
+    pooled, to_fine = net.coarse(image)
+    mean = net._pool(coordinates, net._phase(image))
+    at = affine_ddf(to_fine, list(pooled.shape[2:])) + identity_grid(list(pooled.shape[2:]), torch.float64)
+    inner = (slice(None), slice(None), slice(2, -2), slice(2, -2))
+    assert (at - mean)[inner].abs().max() < 1e-9 and mean[inner].numel() > 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_several_moving_images_at_once(training: bool) -> None:
+    net = randomized(CoordinateAttention(2, 1, 8)).train(training)
+    movings, fixed = [content(9 + k, 12, seed=k) for k in range(3)], content(11, 10, seed=5)
+    net.requires_grad_(False)
+    for (there, back), moving in zip(both_of_each(net, movings, fixed), movings):
+        assert training or torch.allclose(there, net(moving, fixed), atol=1e-5)
+        assert training or torch.allclose(back, net(fixed, moving), atol=1e-5)
+        assert there.shape[2:] == fixed.shape[2:] and back.shape[2:] == moving.shape[2:]
+    plain = both_of_each(Blobs(1.0), [blob((9, 9), (4, 4), (1, 1))], blob((9, 9), (5, 4), (1, 1)))
+    assert plain[0][0].mean(dim=(0, 2, 3)).round(decimals=3).tolist() == [-1.0, 0.0]
 
 
 def test_gradients_reach_the_network_and_empty_samples_get_zero() -> None:
@@ -220,9 +333,9 @@ def test_content_moved_by_half_a_voxel_is_the_same_from_everywhere(dtype: torch.
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("nesting", ["attention", "deck"])
-def test_scripting_and_files(nesting: str) -> None:
-    net = randomized(CARL(2, nesting=nesting, affine_rounds=2, **SMALL))
+@pytest.mark.parametrize(("nesting", "turns"), [("attention", "none"), ("attention", "grid"), ("deck", "pi")])
+def test_scripting_and_files(nesting: str, turns: str) -> None:
+    net = randomized(CARL(2, nesting=nesting, affine_rounds=2, affine_turns=turns, **SMALL))
     moving, fixed = content(12, 14), content(14, 12, seed=1)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(net)(moving, fixed), net(moving, fixed), rtol=0, atol=1e-4)
@@ -241,6 +354,10 @@ def test_arguments_are_checked() -> None:
         AffineFit(Blobs(1.0), 0)
     with pytest.raises(ValueError, match="0 for nesting 'attention'"):
         CARL(2, **SMALL, nesting="attention", extra_refinements=1)
+    with pytest.raises(ValueError, match="affine_turns 'grid' needs affine_rounds of at least 1, got 0"):
+        CARL(2, **SMALL, affine_turns="grid")
+    with pytest.raises(ValueError, match="one of none, pi, grid, got 'all'"):
+        CARL(2, **SMALL, affine_rounds=1, affine_turns="all")
     for options in ({"affine_rounds": -1}, {"affine_rounds": 1, "nesting": "left"}):
         with pytest.raises(ValueError, match="affine_rounds must be at least 0"):
             CARL(2, **SMALL, **options)

@@ -1,15 +1,16 @@
 """The affine map in what a network answers: a registration that errors of single voxels do not reach."""
 
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from ..fields import full_precision, identity_grid, warp
 from .active import content_box, is_count, keep_if_content
-from .combinators import both
+from .combinators import Downsample, both_of_each
+from .rotation import turn, turn_matrix
 
-__all__ = ["AffineFit", "affine_ddf", "fit_affine", "halfway"]
+__all__ = ["AffineFit", "affine_ddf", "fit_affine", "halfway", "unexplained"]
 
 
 def affine_ddf(matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
@@ -124,6 +125,49 @@ def _inverse_root(product: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
+def unexplained(ddf: torch.Tensor, weight: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return which share of the variance of the points that voxels are sent to a map does not explain.
+
+    0 where the ddf is the map's, about 1 where it has nothing to do with it or sends all voxels to one point.
+
+    Args:
+        ddf: `(B, D, *shape)`, voxels.
+        weight: `(B, 1, *shape)`, 0 or more.
+        matrix: `(B, D + 1, D + 1)`, homogeneous, from voxel indices to voxel indices.
+
+    Returns:
+        `(B,)`, float64, without gradient.
+
+    Example:
+        >>> steps = torch.tensor([[[0.0, 1.0, 2.0, 4.0]]])
+        >>> double = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+        >>> unexplained(steps, torch.ones(1, 1, 4), double).round(decimals=3).tolist()
+        [0.036]
+    """
+    steps, part = ddf.detach().double().flatten(2), weight.double().flatten(2)
+    part = part / part.sum(dim=2, keepdim=True).clamp(min=1e-12)
+    shape = list(ddf.shape[2:])
+    to = steps + identity_grid(shape, torch.float64, ddf.device).flatten(2)
+    away = to - (part * to).sum(dim=2, keepdim=True)
+    miss = steps - affine_ddf(matrix.detach().double(), shape).flatten(2)
+    # A thousandth of a square voxel: points that all fall together are explained by anything.
+    return ((part * miss.square()).sum(dim=[1, 2]) + 1e-3) / ((part * away.square()).sum(dim=[1, 2]) + 1e-3)
+
+
+# An image that a network is asked about, the share of content in its voxels, and the map to the image it was made of.
+_Coarse = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _turned_back(shape: List[int], perm: List[int], signs: List[int], like: torch.Tensor) -> torch.Tensor:
+    """Return the map from indices of a turned array to those of the array, of the type of `like`."""
+    dims = len(shape)
+    matrix = turn_matrix(perm, signs).to(like.device).t()
+    half = torch.tensor([0.5 * (size - 1) for size in shape], dtype=torch.float64, device=like.device)
+    offset = half - matrix @ half[perm]
+    bottom = torch.eye(dims + 1, dtype=torch.float64, device=like.device)[dims:]
+    return torch.cat([torch.cat([matrix, offset.unsqueeze(1)], dim=1), bottom]).to(like.dtype)
+
+
 class AffineFit(nn.Module):
     """Register by the affine map that fits best what a network answers in both directions.
 
@@ -131,12 +175,18 @@ class AffineFit(nn.Module):
     the average. In further rounds the moving image is moved onto the fixed grid by the map so far and the network asked
     again; then the two directions are no longer inverse to each other.
 
+    With `turns` the first round is asked once for each, of the moving image turned so. The four answers that an affine
+    map explains best get a second round, and the best of these goes on: a network that finds images turned by up to
+    some 60 degrees, as far as any rotation is from one of the 24 of the grid, then finds them turned by any angle. When
+    the moving image is turned by a member of a group of turns the answer turns with it.
+
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
 
     Args:
-        net: a network called `net(moving, fixed)`.
+        net: a network called `net(moving, fixed)`. What `Downsample` wraps is asked and fitted at its low resolution.
         rounds: how often it is asked.
+        turns: turns of the moving image to start from, see `rotation_group`; none is the image as it is.
 
     Raises:
         ValueError: if `rounds` is not an integer of at least 1.
@@ -149,12 +199,18 @@ class AffineFit(nn.Module):
         [0.5]
     """
 
-    def __init__(self, net: nn.Module, rounds: int = 1) -> None:
+    __constants__ = ["candidates", "pooled"]
+    candidates = 4  # starts that get a second round
+    turns: List[List[List[int]]]
+
+    def __init__(self, net: nn.Module, rounds: int = 1, turns: Sequence[Sequence[List[int]]] = ()) -> None:
         super().__init__()
         if not is_count(rounds, 1):
             raise ValueError(f"rounds must be an integer of at least 1, got {rounds!r}.")
         self.net = net
         self.rounds = rounds
+        self.turns = [[list(perm), list(signs)] for perm, signs in turns]
+        self.pooled = isinstance(net, Downsample)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images.
@@ -167,25 +223,53 @@ class AffineFit(nn.Module):
             ddf `(B, D, *fixed shape)`, voxels, of an affine map; zero for a sample of which either image is empty.
         """
         shape = list(fixed.shape[2:])
-        map_so_far = self._fit(moving, fixed)
-        for _ in range(self.rounds - 1):
-            map_so_far = map_so_far @ self._fit(self._moved(moving, map_so_far, shape), fixed)
-        return keep_if_content(affine_ddf(map_so_far, shape).to(full_precision(fixed[:0]).dtype), moving, fixed)
+        maps, misfits = self._starts(moving, fixed)
+        for k in range(1, self.rounds):
+            maps, misfits = _best(maps, misfits, self.candidates if k == 1 else 1)
+            so_far = maps.unbind()
+            steps, misfits = self._fit([self._moved(moving, matrix, shape) for matrix in so_far], fixed)
+            maps = torch.stack([matrix @ step for matrix, step in zip(so_far, steps.unbind())])
+        maps, misfits = _best(maps, misfits, 1)
+        return keep_if_content(affine_ddf(maps[0], shape).to(full_precision(fixed[:0]).dtype), moving, fixed)
 
-    def _fit(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
-        """Return the map of one round, `(B, D + 1, D + 1)`, float64."""
-        ddf, back = self._answers(moving, fixed)
+    def _starts(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps of the first round, `(N, B, D + 1, D + 1)`, float64, and their misfits `(N, B)`."""
+        if len(self.turns) == 0:
+            return self._fit([moving], fixed)
+        maps, misfits = self._fit([turn(moving, perm, signs) for perm, signs in self.turns], fixed)
+        shape = list(moving.shape[2:])
+        back = [_turned_back(shape, perm, signs, maps).unsqueeze(0) for perm, signs in self.turns]
+        return torch.stack(back) @ maps, misfits
+
+    def _fit(self, movings: List[torch.Tensor], fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps of one round, `(N, B, D + 1, D + 1)`, float64, and their misfits `(N, B)`."""
+        here = self._coarse(fixed)
+        coarse = [self._coarse(moving) for moving in movings]
+        answers = self._answers([image for image, _, _ in coarse], here[0])
         first, last = content_box(fixed)
-        return halfway(
-            fit_affine(ddf, _content(fixed)), fit_affine(back, _content(moving)), (first + last).double() / 2
-        )
+        point = (first + last).double() / 2
+        fits = [_joined(answer, there, here, point) for answer, there in zip(answers, coarse)]
+        return torch.stack([matrix for matrix, _ in fits]), torch.stack([misfit for _, misfit in fits])
 
-    def _answers(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Ask the network in both directions."""
-        if torch.jit.is_scripting():
-            return self.net(moving, fixed), self.net(fixed, moving)
+    def _coarse(self, image: torch.Tensor) -> _Coarse:
+        """Return the image that is asked about, the share of content in its voxels, and the map to the image given."""
+        if self.pooled:
+            pooled, to_fine = self.net.coarse(image)  # type: ignore[operator]
+            share, _ = self.net.coarse(_content(image).to(image.dtype))  # type: ignore[operator]
+            return pooled, share, to_fine
         else:
-            return both(self.net, moving, fixed)
+            dims = image.dim() - 2
+            same = torch.eye(dims + 1, dtype=torch.float64, device=image.device).repeat(image.shape[0], 1, 1)
+            return image, _content(image), same
+
+    def _answers(self, movings: List[torch.Tensor], fixed: torch.Tensor) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+        """Ask the network in both directions."""
+        if not torch.jit.is_scripting():
+            return both_of_each(self.net.net if self.pooled else self.net, movings, fixed)  # type: ignore[arg-type]
+        elif self.pooled:
+            return [(self.net.net(one, fixed), self.net.net(fixed, one)) for one in movings]  # type: ignore[operator]
+        else:
+            return [(self.net(moving, fixed), self.net(fixed, moving)) for moving in movings]
 
     def _moved(self, moving: torch.Tensor, matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
         """Return the moving image on the fixed grid, and what is content there."""
@@ -198,3 +282,21 @@ class AffineFit(nn.Module):
 def _content(image: torch.Tensor) -> torch.Tensor:
     """Return where an image has content, `(B, 1, *shape)`, boolean."""
     return (image != 0).any(dim=1, keepdim=True)
+
+
+def _joined(
+    answer: Tuple[torch.Tensor, torch.Tensor], moving: _Coarse, fixed: _Coarse, point: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return the map that joins what two directions answered, `(B, D + 1, D + 1)`, and how badly maps fit them."""
+    (ddf, back), (_, share, to_moving), (_, fixed_share, to_fixed) = answer, moving, fixed
+    there, again = fit_affine(ddf, fixed_share), fit_affine(back, share)
+    misfit = unexplained(ddf, fixed_share, there) + unexplained(back, share, again)
+    from_moving, from_fixed = torch.linalg.inv(to_moving), torch.linalg.inv(to_fixed)
+    return halfway(to_moving @ there @ from_fixed, to_fixed @ again @ from_moving, point), misfit
+
+
+def _best(maps: torch.Tensor, misfits: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Keep the maps of each sample that fit best, `(N, B, D + 1, D + 1)` and `(N, B)`, best first."""
+    found = torch.topk(misfits, min(count, misfits.shape[0]), dim=0, largest=False)
+    index = found.indices.unsqueeze(2).unsqueeze(3).expand(-1, -1, maps.shape[2], maps.shape[3])
+    return maps.gather(0, index), found.values

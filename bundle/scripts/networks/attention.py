@@ -28,6 +28,10 @@ from .streaming import streamed_attention
 __all__ = ["CoordinateAttention", "attend"]
 
 
+# The crop to the content, where it begins `(B, D)`, its features and the allowed keys, see `_encode`.
+_Seen = Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Average values by softmax weights of the unscaled products of queries and keys, in memory linear in both.
 
@@ -150,12 +154,7 @@ class CoordinateAttention(nn.Module):
             ValueError: if the images do not fit the network or each other.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        moving_crop, moving_start = crop_to_content(moving)
-        fixed_crop, fixed_start = crop_to_content(fixed)
-        moving_features, moving_allowed = self._encode(moving_crop)
-        fixed_features, _ = self._encode(fixed_crop)
-        ddf = self._match(moving_crop, moving_features, moving_allowed, fixed_crop, fixed_features)
-        return self._place(ddf, moving, moving_start, fixed, fixed_start)
+        return self._answer(moving, self._look(moving), fixed, self._look(fixed))
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -170,25 +169,48 @@ class CoordinateAttention(nn.Module):
         Returns:
             The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
         """
+        if not self.training or moving.shape != fixed.shape:
+            return self.both_of_each([moving], fixed)[0]
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        moving_crop, moving_start = crop_to_content(moving)
-        fixed_crop, fixed_start = crop_to_content(fixed)
-        if self.training and moving.shape == fixed.shape:
-            shape = [max(sizes) for sizes in zip(moving_crop.shape[2:], fixed_crop.shape[2:])]
-            here = torch.zeros_like(moving_start)
-            moving_crop, fixed_crop = (shift_grid(crop, here, shape, "zeros") for crop in (moving_crop, fixed_crop))
-            features, allowed = self._encode(torch.cat([moving_crop, fixed_crop]))
-            moving_features, fixed_features = features.chunk(2)
-            moving_allowed, fixed_allowed = allowed.chunk(2)
-        else:
-            moving_features, moving_allowed = self._encode(moving_crop)
-            fixed_features, fixed_allowed = self._encode(fixed_crop)
-        ddf = self._match(moving_crop, moving_features, moving_allowed, fixed_crop, fixed_features)
-        ddf_back = self._match(fixed_crop, fixed_features, fixed_allowed, moving_crop, moving_features)
-        return (
-            self._place(ddf, moving, moving_start, fixed, fixed_start),
-            self._place(ddf_back, fixed, fixed_start, moving, moving_start),
+        (moving_crop, moving_start), (fixed_crop, fixed_start) = crop_to_content(moving), crop_to_content(fixed)
+        shape = [max(sizes) for sizes in zip(moving_crop.shape[2:], fixed_crop.shape[2:])]
+        here = torch.zeros_like(moving_start)
+        crops = [shift_grid(crop, here, shape, "zeros") for crop in (moving_crop, fixed_crop)]
+        features, allowed = (both.chunk(2) for both in self._encode(torch.cat(crops)))
+        seen_moving, seen_fixed = zip(crops, (moving_start, fixed_start), features, allowed)
+        return self._answer(moving, seen_moving, fixed, seen_fixed), self._answer(
+            fixed, seen_fixed, moving, seen_moving
         )
+
+    @torch.jit.unused
+    def both_of_each(self, movings: List[torch.Tensor], fixed: torch.Tensor) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+        """Register several moving images with one fixed image in both directions, encoding each image once.
+
+        Args:
+            movings: each `(B, C, *moving shape)`.
+            fixed: `(B, C, *fixed shape)`.
+
+        Returns:
+            For each moving image what `both` returns.
+        """
+        for moving in movings:
+            check_pair(moving, fixed, self.spatial_dims, self.in_channels)
+        here = self._look(fixed)
+        there = [(moving, self._look(moving)) for moving in movings]
+        return [
+            (self._answer(moving, seen, fixed, here), self._answer(fixed, here, moving, seen)) for moving, seen in there
+        ]
+
+    def _look(self, image: torch.Tensor) -> _Seen:
+        """Crop an image to its content and encode it."""
+        crop, start = crop_to_content(image)
+        features, allowed = self._encode(crop)
+        return crop, start, features, allowed
+
+    def _answer(self, moving: torch.Tensor, seen: _Seen, fixed: torch.Tensor, here: _Seen) -> torch.Tensor:
+        """Return the ddf `(B, D, *fixed shape)` of a pair of which each image was looked at."""
+        ddf = self._match(seen[0], seen[2], seen[3], here[0], here[2])
+        return self._place(ddf, moving, seen[1], fixed, here[1])
 
     def _encode(self, image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return features `(B, F, *padded shape)` and the allowed keys `(B, 1, *padded shape)` of the padded image.

@@ -13,7 +13,7 @@ from torch import nn
 from ..fields import compose, resize, warp
 from .active import content_box, is_count, keep_if_content, shift_grid
 
-__all__ = ["Downsample", "TwoStep", "both", "first_step"]
+__all__ = ["Downsample", "TwoStep", "both", "both_of_each", "first_step"]
 
 
 def both(net: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -31,6 +31,25 @@ def both(net: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[tor
     if own is not None:
         return own(moving, fixed)
     return net(moving, fixed), net(fixed, moving)
+
+
+def both_of_each(
+    net: nn.Module, movings: List[torch.Tensor], fixed: torch.Tensor
+) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    """Register several moving images with one fixed image, in both directions, with any network.
+
+    Args:
+        net: called `net(moving, fixed)`; its method `both_of_each` is used if it has one.
+        movings: each `(B, C, *moving shape)`.
+        fixed: `(B, C, *fixed shape)`.
+
+    Returns:
+        For each moving image what `both` returns.
+    """
+    own = getattr(net, "both_of_each", None)
+    if own is not None:
+        return own(movings, fixed)
+    return [both(net, moving, fixed) for moving in movings]
 
 
 class TwoStep(nn.Module):
@@ -153,6 +172,21 @@ class Downsample(nn.Module):
             keep_if_content(self._lift(ddf, moving_phase, fixed_phase, list(fixed.shape[2:])), moving, fixed),
             keep_if_content(self._lift(ddf_back, fixed_phase, moving_phase, list(moving.shape[2:])), moving, fixed),
         )
+
+    def coarse(self, image: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Pool an image as the network gets it, and say where its voxels lie.
+
+        Args:
+            image: `(B, C, *shape)`, background 0.
+
+        Returns:
+            The pooled image and the map from its indices to those of the image, `(B, D + 1, D + 1)`, float64.
+        """
+        phase, dims = self._phase(image), image.dim() - 2
+        first = 0.5 * (phase + self.factor - 1).double() - (self.factor if self.centered else 0)
+        to_fine = torch.eye(dims + 1, dtype=torch.float64, device=image.device).repeat(image.shape[0], 1, 1)
+        to_fine[:, :dims] = torch.cat([self.factor * to_fine[:, :dims, :dims], first.unsqueeze(2)], dim=2)
+        return self._pool(image, phase), to_fine
 
     def _phase(self, image: torch.Tensor) -> torch.Tensor:
         """Return where a coarse voxel begins on the fine grid, `(B, D)`, in half fine voxels, to count blocks from.

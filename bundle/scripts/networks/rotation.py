@@ -51,7 +51,7 @@ def rotation_group(spatial_dims: int, name: str) -> List[List[List[int]]]:
         [1, 1, 2, 4, 4, 24]
     """
     if name not in GROUPS:
-        raise ValueError(f"rotation_group must be one of {', '.join(GROUPS)}, got {name!r}.")
+        raise ValueError(f"a rotation group must be one of {', '.join(GROUPS)}, got {name!r}.")
     axes = list(range(spatial_dims))
     orders = [list(order) for order in permutations(axes)] if name == "grid" else [axes]
     signs = [list(sign) for sign in product([1, -1], repeat=spatial_dims)] if name != "none" else [[1] * spatial_dims]
