@@ -15,11 +15,11 @@ from monai.data import MetaTensor
 from monai.losses import GlobalMutualInformationLoss
 from torch import nn
 
-from equireg.fields import identity_grid, warp
+from equireg.fields import identity_grid, resize, warp
 from equireg.losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, MINDSSCLoss
 from equireg.metrics import folding_fraction
 from equireg.networks import CARL, DisplacementUNet
-from equireg.optimization import FieldOptimization, NetworkOptimization
+from equireg.optimization import FieldOptimization, NetworkOptimization, _averaged
 
 BOTH = [FieldOptimization, NetworkOptimization]
 
@@ -63,12 +63,12 @@ def optimizations(steps: int = 3, **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("similarity", "left"),
-    [(LocalCorrelationLoss(2.0), 0.25), (MINDSSCLoss(1, 1), 0.4), (GlobalMutualInformationLoss(), 0.25)],
+    [(LocalCorrelationLoss(2.0), 0.1), (MINDSSCLoss(1, 1), 0.25), (GlobalMutualInformationLoss(), 0.2)],
 )
 def test_a_known_field_is_found(similarity: Any, left: float) -> None:
     moving, fixed, expected = pair()
     content = (fixed != 0).expand_as(expected)
-    optimize = FieldOptimization(60, similarity=similarity, regularity_weight=0.02)
+    optimize = FieldOptimization(60, 0.5, similarity=similarity, regularity_weight=0.02)
     ddf = optimize(None, moving, fixed, torch.zeros_like(expected))
     before, after = expected[content].abs().mean(), (ddf - expected)[content].abs().mean()
     assert after < left * before  # 0.95 voxels before
@@ -147,6 +147,54 @@ def test_thin_and_odd_grids(shape: tuple[int, ...]) -> None:
     moving, fixed = torch.rand(1, 2, *shape), torch.rand(1, 2, *shape)
     ddf = FieldOptimization(2, spacing=4)(None, moving, fixed, torch.zeros(1, len(shape), *shape))
     assert ddf.shape == (1, len(shape), *shape) and torch.isfinite(ddf).all()
+
+
+@pytest.mark.parametrize(("moving_shape", "shape"), [((70, 66), (66, 61)), ((33, 35, 34), (34, 32, 37))])
+def test_levels_find_larger_moves(moving_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    expected = wave(shape, 1.0) + 5.0
+    moving = textured(moving_shape)
+    fixed = warp(moving, expected, padding="zeros")
+    start, content = torch.zeros_like(expected), (fixed != 0).expand_as(expected)
+    misses = []
+    for levels in (1, 3):
+        ddf = FieldOptimization(30, 0.5, regularity_weight=0.02, levels=levels)(None, moving, fixed, start)
+        misses.append((ddf - expected)[content].abs().mean().item())
+        assert ddf.shape == expected.shape and folding_fraction(ddf).item() < 0.01
+    assert misses[1] < 0.5 < misses[0]
+
+
+def test_levels_average_what_lies_in_them_and_stop_at_eight_voxels() -> None:
+    assert FieldOptimization(levels=4)._factors([64, 33, 40]) == [4, 2, 1]
+    assert FieldOptimization(levels=4)._factors([64, 15]) == FieldOptimization()._factors([64, 64]) == [1]
+    values = torch.arange(10.0).reshape(1, 1, 2, 5)
+    assert _averaged(values, 2).flatten().tolist() == [3.0, 5.0, 6.5]  # the last of the two voxels that are left
+    assert torch.equal(_averaged(values, 1), values)
+    # A ramp comes back as the ramp it was, in voxels, but for where it levels off beyond the outermost blocks.
+    ramp = (0.1 * identity_grid([16, 17, 18])).contiguous()
+    back = resize(_averaged(ramp, 2) / 2, 2)[:, :, :16, :17, :18]
+    assert (back - ramp)[:, :, 1:-2, 1:-2, 1:-2].abs().max() < 1e-5
+
+
+def test_a_weight_counts_on_every_level() -> None:
+    moving, fixed, expected = pair((40, 44))
+    other, weight = fixed.clone(), torch.ones_like(fixed)
+    other[:, :, 24:], weight[:, :, 16:] = textured((40, 44), seed=7)[:, :, 24:], 0.0
+    optimize = FieldOptimization(10, similarity=LocalCorrelationLoss(1.0), regularity_weight=0.02, levels=2)
+    start = torch.zeros_like(expected)
+    assert torch.equal(optimize(None, moving, other, start, weight), optimize(None, moving, fixed, start, weight))
+    assert not torch.equal(optimize(None, moving, other, start), optimize(None, moving, fixed, start))
+
+
+def test_a_worse_answer_of_a_coarse_level_is_not_kept() -> None:
+    moving, fixed = textured((40, 44)), textured((40, 44), seed=1)
+    stripes = torch.zeros(1, 1, 40, 44)
+    stripes[..., ::2] = 1.0  # of which averages see nothing
+    start = torch.zeros(1, 2, 40, 44)
+    optimize = FieldOptimization(4, 3.0, similarity=lambda a, b: (a - b).square().mean(), folding_weight=0, levels=3)
+    for one, other in ((moving, fixed), (moving + stripes, moving + stripes)):
+        ddf = optimize(None, one, other, start)
+        assert optimize._loss(one, other, ddf, None) <= optimize._loss(one, other, start, None)
+    assert torch.equal(ddf, start)
 
 
 def test_defaults_follow_the_similarity() -> None:
@@ -403,10 +451,11 @@ def test_bad_numbers_are_refused(kind: Any, option: str, value: float) -> None:
         kind(**{option: value})
 
 
-@pytest.mark.parametrize("spacing", [0, 1.5, -2])
-def test_bad_spacings_are_refused(spacing: Any) -> None:
-    with pytest.raises(ValueError, match=f"spacing to be an integer of at least 1, got {spacing}"):
-        FieldOptimization(spacing=spacing)
+@pytest.mark.parametrize("option", ["spacing", "levels"])
+@pytest.mark.parametrize("count", [0, 1.5, -2])
+def test_bad_counts_are_refused(option: str, count: Any) -> None:
+    with pytest.raises(ValueError, match=f"expects {option} to be an integer of at least 1, got {count}"):
+        FieldOptimization(**{option: count})
 
 
 @pytest.mark.parametrize("kind", BOTH)

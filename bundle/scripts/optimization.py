@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from monai.utils import convert_to_tensor
 from torch import nn
+from torch.nn import functional
 
 from .fields import full_precision, jacobian_determinant, resize, warp
 from .losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, gaussian_blur
@@ -119,11 +120,15 @@ class FieldOptimization:
     loss is `similarity(moved, fixed) + regularity_weight * DiffusionLoss(ddf) + folding_weight * mean(relu(0.1 - J)^2)`
     with `J` the change of volume of each cell between voxels, and `ddf` the sum.
 
+    With more `levels` images and ddf are first averaged over blocks of 2, 4, ... voxels and the steps taken there, the
+    coarsest level first: larger moves are found, and a level costs an eighth of the next one in 3D. Levels on which an
+    axis would have less than 8 voxels are left out.
+
     Everything is computed on the fixed grid, background included. On the CPU the same call gives the same answer.
 
     Args:
-        steps: number of Adam steps; 0 returns the ddf as it is.
-        learning_rate: of Adam: about how far a control can move in a step, voxels.
+        steps: number of Adam steps on each level; 0 returns the ddf as it is.
+        learning_rate: of Adam: about how far a control can move in a step, voxels of its level.
         similarity: loss `f(pred, target)`, or `f(pred, target, weight)` to be called with a weight; by default
             `LocalCorrelationLoss(sigma=2)`. `MINDSSCLoss(radius=1, dilation=1)` takes twice the time; it was better on
             MR images full of texture, and is not for smooth images or masks, of which it sees nothing but the edges.
@@ -131,6 +136,7 @@ class FieldOptimization:
         folding_weight: factor of the penalty on cells that shrink below a tenth of their volume.
         spacing: distance of the controls in voxels.
         smoothing: standard deviation of the Gaussian, in controls; 0 is none.
+        levels: number of resolutions; 1 is that of the images alone.
         progress: show a progress bar if `tqdm` is installed and standard error is a terminal.
 
     Raises:
@@ -153,6 +159,7 @@ class FieldOptimization:
         folding_weight: float = 100.0,
         spacing: int = 2,
         smoothing: float = 1.0,
+        levels: int = 1,
         progress: bool = False,
     ) -> None:
         self.similarity = LocalCorrelationLoss(sigma=2.0) if similarity is None else similarity
@@ -166,8 +173,9 @@ class FieldOptimization:
             folding_weight=folding_weight,
             smoothing=smoothing,
         )
-        if not is_count(spacing, 1):
-            raise ValueError(f"FieldOptimization expects spacing to be an integer of at least 1, got {spacing!r}.")
+        for name, count in (("spacing", spacing), ("levels", levels)):
+            if not is_count(count, 1):
+                raise ValueError(f"FieldOptimization expects {name} to be an integer of at least 1, got {count!r}.")
         self.steps = steps
         self.learning_rate = learning_rate
         self.regularity = DiffusionLoss()
@@ -175,6 +183,7 @@ class FieldOptimization:
         self.folding_weight = folding_weight
         self.spacing = spacing
         self.smoothing = smoothing
+        self.levels = levels
         self.progress = progress
 
     def __call__(
@@ -204,22 +213,48 @@ class FieldOptimization:
             moving, fixed, start, weight = _tensors("FieldOptimization", moving, fixed, ddf, weight)
             if self.steps == 0:
                 return start
-            shape = start.shape[2:]
-            controls = start.new_zeros([1, len(shape)] + [-(-size // self.spacing) for size in shape])
-            controls.requires_grad_()
+            ddf = start
+            for factor in self._factors([*moving.shape[2:], *fixed.shape[2:]]):
+                ddf = self._level(factor, moving, fixed, ddf, weight)
+            if self.levels > 1:  # what is better on a coarse level need not be on the fine one
+                with torch.no_grad():
+                    before, after = (self._loss(moving, fixed, field, weight) for field in (start, ddf))
+                return ddf if bool(after <= before) else start
+            return ddf
 
-            def objective() -> tuple[torch.Tensor, torch.Tensor]:
-                total = start + self._lift(controls, shape)
-                moved = warp(moving, total, mode="linear", padding="zeros")
-                loss = _compare(self.similarity, moved, fixed, weight)
-                if self.regularity_weight:
-                    loss = loss + self.regularity_weight * self.regularity(total)
-                if self.folding_weight:
-                    volume = jacobian_determinant(total, scheme="forward")
-                    loss = loss + self.folding_weight * torch.relu(_LEAST_VOLUME - volume).square().mean()
-                return loss, total
+    def _factors(self, sizes: Sequence[int]) -> list[int]:
+        """Return by how much each level is coarser than the images, the coarsest first."""
+        return [2**k for k in range(self.levels - 1, -1, -1) if k == 0 or min(sizes) >= 8 * 2**k]
 
-            return _descend(objective, [controls], start, self.steps, self.learning_rate, self.progress)
+    def _level(
+        self, factor: int, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the ddf after the steps of a level, `(1, D, *fixed shape)`, voxels."""
+        moving, fixed, start = _averaged(moving, factor), _averaged(fixed, factor), _averaged(ddf, factor) / factor
+        weight = None if weight is None else _averaged(weight, factor)
+        coarse = start.shape[2:]
+        controls = start.new_zeros([1, len(coarse)] + [-(-size // self.spacing) for size in coarse])
+        controls.requires_grad_()
+
+        def objective() -> tuple[torch.Tensor, torch.Tensor]:
+            total = start + self._lift(controls, coarse)
+            return self._loss(moving, fixed, total, weight), total
+
+        best = _descend(objective, [controls], start, self.steps, self.learning_rate, self.progress)
+        return best if factor == 1 else ddf + _within(resize(best - start, factor), ddf.shape[2:])
+
+    def _loss(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return what is minimized, a scalar."""
+        moved = warp(moving, ddf, mode="linear", padding="zeros")
+        loss = _compare(self.similarity, moved, fixed, weight)
+        if self.regularity_weight:
+            loss = loss + self.regularity_weight * self.regularity(ddf)
+        if self.folding_weight:
+            volume = jacobian_determinant(ddf, scheme="forward")
+            loss = loss + self.folding_weight * torch.relu(_LEAST_VOLUME - volume).square().mean()
+        return loss
 
     def _lift(self, controls: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Return the displacement `(1, D, *shape)` of the controls `(1, D, *coarse shape)`, both in fine voxels."""
@@ -227,10 +262,23 @@ class FieldOptimization:
             # The window is cut at the border: dividing by what is left of it keeps translations as they are.
             inside = gaussian_blur(torch.ones_like(controls[:, :1]), self.smoothing)
             controls = gaussian_blur(controls, self.smoothing) / inside
-        fine = resize(controls / self.spacing, self.spacing)
-        for axis, size in enumerate(shape):
-            fine = fine.narrow(2 + axis, 0, size)
-        return fine
+        return _within(resize(controls / self.spacing, self.spacing), shape)
+
+
+def _within(values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Cut the ends of the axes of `(1, C, *larger shape)`."""
+    for axis, size in enumerate(shape):
+        values = values.narrow(2 + axis, 0, size)
+    return values
+
+
+def _averaged(values: torch.Tensor, factor: int) -> torch.Tensor:
+    """Average blocks of `(1, C, *shape)`; the last block of an axis is of the voxels that are left."""
+    dims = values.dim() - 2
+    pool = functional.avg_pool2d if dims == 2 else functional.avg_pool3d
+    pads = [pad for size in reversed(values.shape[2:]) for pad in (0, -size % factor)]
+    ones = functional.pad(torch.ones_like(values[:, :1]), pads)
+    return pool(functional.pad(values, pads), factor) / pool(ones, factor) if factor > 1 else values
 
 
 class NetworkOptimization:

@@ -113,9 +113,11 @@ def _unregistered(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], tor
     return lambda: torch.zeros(1, 3, *fixed.shape[2:])
 
 
-def _network(weights: str, similarity: Callable[..., torch.Tensor] | None = None, autocast: str = "") -> Registration:
-    """Run the network, no alignment before it; after it 50 steps of optimization, if a similarity is given."""
-    optimization = None if similarity is None else FieldOptimization(steps=50, similarity=similarity)
+def _network(
+    weights: str, steps: int, similarity: Callable[..., torch.Tensor] | None = None, autocast: str = ""
+) -> Registration:
+    """Run the network, no alignment before it; after it steps of optimization, if a similarity is given."""
+    optimization = None if similarity is None else FieldOptimization(steps=steps, similarity=similarity)
     net = PairNetwork(equireg.load_network(weights), autocast=autocast).eval()
     infer = RegistrationInferer(optimization=optimization)
 
@@ -169,12 +171,12 @@ def _greedy(threads: int) -> Registration:
     return register
 
 
-def registration(method: str, weights: str, threads: int) -> Registration:
+def registration(method: str, weights: str, threads: int, steps: int = 50) -> Registration:
     """Prepare a method by its name; `ValueError` for an unknown one, `ImportError` if a package is missing."""
     if method == "unregistered":
         return _unregistered
     if method in NETWORKS:
-        return _network(weights, *NETWORKS[method])
+        return _network(weights, steps, *NETWORKS[method])
     if method == "greedy":
         return _greedy(threads)
     if method in ANTS_TYPES:
@@ -338,6 +340,7 @@ def main(
     crop: float = 1,
     crop_side: str = "moving",
     threads: int = 1,
+    steps: int = 50,
     output_dir: str = "output",
 ) -> None:
     """Register pairs of images with several methods; print a table, write a CSV and a JSON file.
@@ -354,6 +357,7 @@ def main(
         crop: empty one image outside a random box of this fraction of its sides that holds its labels.
         crop_side: which one, moving or fixed.
         threads: threads of every method.
+        steps: of optimization, for equireg_lncc and equireg_mind.
         output_dir: where the files go.
     """
     if data not in DATA:
@@ -367,7 +371,7 @@ def main(
     os.environ.setdefault("ANTS_RANDOM_SEED", "1")
     tqdm = _need("tqdm", "tqdm").tqdm
     names = methods.replace(" ", "").split(",") if isinstance(methods, str) else list(methods)
-    registers = {name: registration(name, weights, threads) for name in names}
+    registers = {name: registration(name, weights, threads, steps) for name in names}
     dataset, regions = pairs(DATA[data], dataset_dir, split, num_pairs), DATA[data].regions
     labels, measures = common_labels(DATA[data], dataset_dir), (*regions, "dice", "folding")
 
@@ -400,7 +404,7 @@ def main(
     report = {
         "data": f"{DATA[data].title}, {len(dataset)} pairs of the {split} split, {len(labels)} labels",
         **{name: value for name, (value, _) in moves.items()},
-        "settings": {"equireg": Path(weights).name, **ANTS_TYPES, "greedy": GREEDY_STEPS},
+        "settings": {"equireg": Path(weights).name, "steps": steps, **ANTS_TYPES, "greedy": GREEDY_STEPS},
         **provenance(threads),
         "summary": summary,
     }
