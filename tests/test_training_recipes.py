@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers_bundle import TINY_TRAINING, blob, inside_bundle, run, save_image
+from helpers_networks import randomized
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
+from equireg.networks import DisplacementUNet, PairNetwork
 from equireg.weights import load_network, read_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
@@ -73,13 +75,16 @@ def label_maps(tmp_path: Path) -> Path:
     return tmp_path / "maps"
 
 
-@pytest.mark.parametrize("stage", [["brain"], ["brain", "brain_coarse"]])
-def test_brains_are_learned_from_label_maps(stage: list[str], label_maps: Path, tmp_path: Path) -> None:
-    options = {**SMALL, "dataset_dir": str(label_maps), "shape": [24, 24, 24], "val_pairs": 2}
-    if "brain_coarse" in stage:
-        options = {k: v for k, v in options.items() if not k.startswith("network_def")}
-    run("training", "train", *stage, **options, output_dir=str(tmp_path / "out"))
+def test_unets_of_the_brain_are_learned_from_aligned_patches(label_maps: Path, tmp_path: Path) -> None:
+    options = {k: v for k, v in SMALL.items() if not k.startswith("network_def")}
+    options = {**options, "dataset_dir": str(label_maps), "shape": [24, 24, 24], "patch": [16, 20, 24], "val_pairs": 2}
+    run("training", "train", "brain", **options, output_dir=str(tmp_path / "out"))
     assert all(torch.isfinite(value).all() for value in learned(tmp_path / "out").values())
+    parser = ConfigParser()
+    parser.read_config([f"configs/{name}.json" for name in ("train", "brain")])
+    parser.update({"dataset_dir": str(label_maps), "shape": [24, 24, 24], "patch": [16, 20, 24]})
+    item = parser.get_parsed_content("train#dataset")[0]
+    assert item["image"].shape == (2 * (1 + 1 + 8 + 4), 16, 20, 24)
 
 
 @pytest.fixture
@@ -117,26 +122,20 @@ def test_correspondence_is_least_where_partners_look_alike(brain_attention: Modu
     assert right < indifferent < wrong and indifferent.item() == pytest.approx(np.log(27), rel=1e-5)
 
 
-def test_stages_of_the_brain_take_each_others_weights(
-    brain_attention: ModuleType, label_maps: Path, tmp_path: Path
-) -> None:
-    first = str(tmp_path / "attention.pt")
-    brain_attention.main(str(label_maps), first, steps=2, pairs=1)
-    options = {k: v for k, v in SMALL.items() if not k.startswith("network_def")}
-    options = {**options, "dataset_dir": str(label_maps), "shape": [24, 24, 24], "val_pairs": 2, "learning_rate": 0.0}
-    run("training", "train", "brain", "brain_coarse", **options, pretrained=first, output_dir=str(tmp_path / "out"))
-    brain_start = importlib.import_module("brain_start")
-    for nesting, source in (("attention", first), ("right", str(tmp_path / "out" / "model.pt"))):
-        brain_start.main(source, str(tmp_path / f"from_{nesting}.pt"), nesting)
-        made = load_network(tmp_path / f"from_{nesting}.pt").attention_stage().state_dict()
-        assert all(
-            torch.equal(made[name[6:]], value)
-            for name, value in read_state(first).items()
-            if "weight" in name and "encoder" in name
-        )
-    with pytest.raises(ValueError, match="weights of another network"):
-        brain_start.main(str(tmp_path / "from_right.pt"), str(tmp_path / "wrong.pt"))
-    with pytest.raises(ValueError, match="no weights of the first stage"):
-        brain_start.main(str(tmp_path / "from_right.pt"), str(tmp_path / "wrong.pt"), "attention")
-    before, after = torch.load(first, weights_only=True), learned(tmp_path / "out")
-    assert all(torch.equal(after[name], before[name]) for name in after if "encoder" in name and "weight" in name)
+def test_the_brain_is_put_together_of_its_stages(brain_attention: ModuleType, label_maps: Path, tmp_path: Path) -> None:
+    brain_network = importlib.import_module("brain_network")
+    attention, unet, whole = (str(tmp_path / f"{name}.pt") for name in ("attention", "unet", "whole"))
+    before = brain_network.brain_network("attention").state_dict()
+    brain_attention.main(str(label_maps), attention, steps=2, pairs=1)
+    torch.save(randomized(PairNetwork(DisplacementUNet(3, 1, (16, 32, 64, 96, 96)))).state_dict(), unet)
+    brain_network.main(attention, unet, whole)
+    trained, made = load_network(attention).state_dict(), load_network(whole)
+    first = made.attention_stage().state_dict()
+    assert all(
+        torch.equal(first[name.removeprefix("steps.")], trained[name]) for name in trained if name[:5] == "steps"
+    )
+    assert any(not torch.equal(before[name], trained[name]) for name in before if "conv.weight" in name)
+    for refinement in (made.steps.first.second, made.steps.second):
+        assert all(torch.equal(value, read_state(unet)[f"{name}"]) for name, value in refinement.state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        brain_network.main(attention, attention, whole)

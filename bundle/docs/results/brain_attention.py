@@ -1,8 +1,8 @@
-"""Teach the attention of `brain` which points correspond, before anything is registered: the first of three stages.
+"""Teach the attention of `brain` which points correspond, before anything is registered.
 
     python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/attention.pt --steps 3000
 
-Each step deforms and paints one label map twice, as `brain_coarse.json` does but turned further, so that the true
+Each step deforms and paints one label map twice, as `brain.json` does but turned further and at 4 mm, so that the true
 partner of every voxel is known. Features of the pooled images are compared as attention compares them, and the
 cross-entropy of its softmax, in both directions, is minimized: a loss with a slope even while the attention still looks
 everywhere.
@@ -17,25 +17,28 @@ from pathlib import Path
 import fire
 import numpy as np
 import torch
+from brain_network import brain_network
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
-from torch import nn
 from torch.nn import functional as F
 
 from equireg.progress import progress
 from equireg.weights import save_atomically
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+POOL = 2  # images are learned from at 4 mm
 SIGMA = 0.6  # how far from its true partner a voxel may look, standard deviation, pooled voxels
 
 
 def _parser(dataset_dir: str, turn: float, seed: int) -> ConfigParser:
-    """Return the configuration of the next stage, for pairs of one label map alone, with room to turn it."""
+    """Return the configuration of the U-Net's training, for pairs of one label map alone, with room to turn it."""
     parser = ConfigParser()
-    parser.read_config([CONFIGS / f"{name}.json" for name in ("train", "brain", "brain_coarse")])
+    parser.read_config([CONFIGS / f"{name}.json" for name in ("train", "brain")])
     parser["dataset_dir"], parser["seed"], parser["bundle_root"] = dataset_dir, seed, str(CONFIGS.parent)
-    parser["shape"] = [max(parser["shape"])] * 3
-    parser["train"]["random_transforms"][0].update(same=1.0, turn=turn)
+    parser["pool"], parser["shape"] = POOL, [max(parser["shape"])] * 3
+    parser["train"]["dataset"]["load"] = "@load_transform"
+    parser["train"]["random_transforms"][:1] = []  # the whole image, not a patch
+    parser["train"]["random_transforms"][0].update(same=1.0, turn=turn, scale=0.08, sigma=[0.05, 0.02])
     parser["train"]["carried_transforms"] = []
     return parser
 
@@ -104,7 +107,7 @@ def main(
     turn: float = 0.5,
     seed: int = 1,
 ) -> None:
-    """Train, and write the weights that `--pretrained` of the next stage takes.
+    """Train, and write the weights of a network that has attention and the affine stage alone.
 
     Args:
         dataset_dir: folder of label maps.
@@ -118,21 +121,20 @@ def main(
     set_determinism(seed)
     sys.path.insert(0, str(CONFIGS.parent))  # where the configurations find `scripts`
     parser = _parser(dataset_dir, turn, seed)
-    network: nn.Module = parser.get_parsed_content("network_def")
-    pool = network.net.first.net
+    network = brain_network("attention")
+    pool = network.attention_stage().net
+    learned = pool.factor // POOL  # voxels of a block in the images that are learned from
     optimizer = torch.optim.Adam(pool.parameters(), lr=learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 100)
     generator, source = np.random.default_rng(seed), items(parser)
     for step in progress(range(1, steps + 1), "training", "step"):
         batch = [
-            pooled(item, key, pool.factor, generator.integers(0, pool.factor, 3).tolist())
+            pooled(item, key, learned, generator.integers(0, learned, 3).tolist())
             for item in (next(source) for _ in range(pairs))
             for key in ("moving", "fixed")
         ]
         images, places, shares = (torch.stack(parts) for parts in zip(*batch))
-        with torch.autocast("cpu", torch.bfloat16):
-            features, _ = pool.net._encode(images)
-        features = F.pad(features.float(), [-pool.net.padding] * 6)
+        features = F.pad(pool.net._encode(images)[0], [-pool.net.padding] * 6)
         loss = torch.stack(
             [correspondence(features[k : k + 2], places[k : k + 2], shares[k : k + 2]) for k in range(0, 2 * pairs, 2)]
         ).mean()
