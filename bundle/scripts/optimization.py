@@ -120,9 +120,9 @@ class FieldOptimization:
     loss is `similarity(moved, fixed) + regularity_weight * DiffusionLoss(ddf) + folding_weight * mean(relu(0.1 - J)^2)`
     with `J` the change of volume of each cell between voxels, and `ddf` the sum.
 
-    With more `levels` images and ddf are first averaged over blocks of 2, 4, ... voxels and the steps taken there, the
-    coarsest level first: larger moves are found, and a level costs an eighth of the next one in 3D. Levels on which an
-    axis would have less than 8 voxels are left out.
+    Images and ddf are first averaged over blocks of 4 and of 2 voxels, with three `levels`, and the steps taken there:
+    larger moves are found, and a level costs an eighth of the next one in 3D. Levels on which an axis would have less
+    than 8 voxels are left out.
 
     Everything is computed on the fixed grid, background included. On the CPU the same call gives the same answer.
 
@@ -132,7 +132,7 @@ class FieldOptimization:
         similarity: loss `f(pred, target)`, or `f(pred, target, weight)` to be called with a weight; by default
             `LocalCorrelationLoss(sigma=2)`. `MINDSSCLoss(radius=1, dilation=1)` takes twice the time; it was better on
             MR images full of texture, and is not for smooth images or masks, of which it sees nothing but the edges.
-        regularity_weight: factor of the diffusion; by default 0.05 for `MINDSSCLoss`, and 0.3 for others.
+        regularity_weight: factor of the diffusion; by default 0.05 for `MINDSSCLoss`, and 0.15 for others.
         folding_weight: factor of the penalty on cells that shrink below a tenth of their volume.
         spacing: distance of the controls in voxels.
         smoothing: standard deviation of the Gaussian, in controls; 0 is none.
@@ -159,12 +159,12 @@ class FieldOptimization:
         folding_weight: float = 100.0,
         spacing: int = 2,
         smoothing: float = 1.0,
-        levels: int = 1,
+        levels: int = 3,
         progress: bool = False,
     ) -> None:
         self.similarity = LocalCorrelationLoss(sigma=2.0) if similarity is None else similarity
         if regularity_weight is None:
-            regularity_weight = 0.05 if isinstance(self.similarity, MINDSSCLoss) else 0.3
+            regularity_weight = 0.05 if isinstance(self.similarity, MINDSSCLoss) else 0.15
         _check_options(
             "FieldOptimization",
             steps,
@@ -213,10 +213,10 @@ class FieldOptimization:
             moving, fixed, start, weight = _tensors("FieldOptimization", moving, fixed, ddf, weight)
             if self.steps == 0:
                 return start
-            ddf = start
-            for factor in self._factors([*moving.shape[2:], *fixed.shape[2:]]):
+            ddf, factors = start, self._factors([*moving.shape[2:], *fixed.shape[2:]])
+            for factor in factors:
                 ddf = self._level(factor, moving, fixed, ddf, weight)
-            if self.levels > 1:  # what is better on a coarse level need not be on the fine one
+            if len(factors) > 1:  # what is better on a coarse level need not be on the fine one
                 with torch.no_grad():
                     before, after = (self._loss(moving, fixed, field, weight) for field in (start, ddf))
                 return ddf if bool(after <= before) else start
