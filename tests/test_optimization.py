@@ -19,6 +19,7 @@ from equireg.fields import identity_grid, resize, warp
 from equireg.losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, MINDSSCLoss
 from equireg.metrics import folding_fraction
 from equireg.networks import CARL, DisplacementUNet
+from equireg.networks.affine import affine_ddf
 from equireg.optimization import FieldOptimization, NetworkOptimization, _averaged
 
 BOTH = [FieldOptimization, NetworkOptimization]
@@ -185,6 +186,25 @@ def test_a_weight_counts_on_every_level() -> None:
     assert not torch.equal(optimize(None, moving, other, start), optimize(None, moving, fixed, start))
 
 
+def test_a_turn_is_no_lack_of_regularity() -> None:
+    """An image and itself turned by 120 degrees: the right field stays as it is, however heavy the regularity."""
+    c, s = -0.5, 0.75**0.5
+    center = torch.tensor([20.0, 22.0])
+    turn = torch.tensor([[c, -s], [s, c]])
+    matrix = torch.eye(3).unsqueeze(0)
+    matrix[0, :2, :2], matrix[0, :2, 2] = turn, center - turn @ center
+    ddf = affine_ddf(matrix, [41, 45])
+    moving = textured((41, 45))
+    fixed = warp(moving, ddf, padding="zeros")
+    optimize = FieldOptimization(10, 0.5, regularity_weight=5.0)
+    assert (optimize(None, moving, fixed, ddf) - ddf).abs().max() < 0.2
+    near = ddf + wave((41, 45), 0.8)
+    found = optimize(None, moving, fixed, near)
+    content = (fixed != 0).expand_as(ddf)
+    assert (found - ddf)[content].abs().mean() < 0.3 * (near - ddf)[content].abs().mean()
+    assert folding_fraction(found).item() == 0.0
+
+
 def test_a_worse_answer_of_a_coarse_level_is_not_kept() -> None:
     moving, fixed = textured((40, 44)), textured((40, 44), seed=1)
     stripes = torch.zeros(1, 1, 40, 44)
@@ -193,7 +213,8 @@ def test_a_worse_answer_of_a_coarse_level_is_not_kept() -> None:
     optimize = FieldOptimization(4, 3.0, similarity=lambda a, b: (a - b).square().mean(), folding_weight=0, levels=3)
     for one, other in ((moving, fixed), (moving + stripes, moving + stripes)):
         ddf = optimize(None, one, other, start)
-        assert optimize._loss(one, other, ddf, None) <= optimize._loss(one, other, start, None)
+        flat = torch.zeros(1, 2, 2)
+        assert optimize._loss(one, other, ddf, flat, None) <= optimize._loss(one, other, start, flat, None)
     assert torch.equal(ddf, start)
 
 

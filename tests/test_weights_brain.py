@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import equireg
-from equireg.fields import jacobian_determinant, warp
+from equireg.fields import warp
 from equireg.inferer import RegistrationInferer
+from equireg.metrics import folding_fraction
 from equireg.networks import PairNetwork
 
 
@@ -24,7 +25,7 @@ def test_brains_turned_far_apart_are_brought_together(
     monkeypatch.syspath_prepend(str(root / "bundle" / "docs" / "results"))
     compare = importlib.import_module("compare")
     data = compare.DATA["brain"]
-    item = compare.turned(compare.pairs(data, folder, "validation", 1)[0], 60)
+    item = compare.turned(compare.pairs(data, folder, "validation", 1)[0], 150)
     images = {key: torch.as_tensor(np.asarray(item[key]))[None].float() for key in compare.PAIR_KEYS}
     labels = compare.common_labels(data, folder)
 
@@ -36,8 +37,5 @@ def test_brains_turned_far_apart_are_brought_together(
     with torch.no_grad():
         ddf = RegistrationInferer()(images["moving"], network, fixed=images["fixed"])[:, :3]
     assert overlap(images["moving_label"]) < 0.05
-    assert overlap(warp(images["moving_label"], ddf, mode="nearest", padding="zeros")) > 0.3
-    content = (images["fixed"] > 0).float()
-    interior = -torch.nn.functional.max_pool3d(-content, 5, stride=1, padding=2)[:, 0] > 0
-    volume = jacobian_determinant(ddf)[:, 0][interior]
-    assert volume.min() > 0.5 and volume.max() - volume.min() < 1e-3  # an affine map
+    assert overlap(warp(images["moving_label"], ddf, mode="nearest", padding="zeros")) > 0.4
+    assert folding_fraction(ddf).item() < 0.001

@@ -66,7 +66,7 @@ def register(
         fixed: the image to register to.
         output: folder for the results, made if missing.
         weights: trained for what the images show: a name, such as hippocampus (3D MR), brain (3D MR without skull,
-            with optimize) or vessels (2D retina), or the path of a file that training wrote.
+            turned by any angle) or vessels (2D retina), or the path of a file that training wrote.
         device: where the network runs: cpu or cuda.
         spacing: at which the network sees the images, millimeters, one number or one for each axis (1,1,2); that of the
             weights if left out. For vessels choose it so that the retina spans about 100 voxels.

@@ -10,7 +10,7 @@ from torch import nn
 
 from .fields import warp
 from .mind import check_weight
-from .networks.active import content_box, shift_grid
+from .networks.active import affine_slopes, content_box, continue_along, shift_grid
 from .networks.pair import PairNetwork
 
 __all__ = ["RegistrationInferer"]
@@ -44,7 +44,8 @@ class RegistrationInferer(Inferer):
     """Crop each image to its content, register the crops, and put the answer back on the fixed canvas.
 
     A network sees the same tensors wherever the contents lie on their canvases, so the answer follows every whole-voxel
-    move of either image exactly, refinement included; and empty space costs nothing. Samples of a batch run one by one.
+    move of either image exactly, refinement included, and empty space costs nothing. Beyond the crop displacements go
+    on along the affine map that fits those in it best. Samples of a batch run one by one.
 
     Args:
         margin: voxels of background kept around each content.
@@ -150,7 +151,10 @@ class RegistrationInferer(Inferer):
             # What a pair network is made of takes crops of different shapes as they are.
             net = network.net if isinstance(network, PairNetwork) else _TwoImages(network, args, kwargs)
             ddf = self.optimization(net, moving, fixed_crop, ddf, weight).to(ddf.dtype)
+        # Beyond the crop along the affine map that fits it best: a turn goes on as a turn, and nothing folds there.
+        slopes = affine_slopes(ddf, torch.zeros_like(fixed_start), fixed_size.unsqueeze(0) - 1)
         whole = shift_grid(ddf, -fixed_start, list(fixed.shape[2:]), "border")
+        whole = continue_along(whole, slopes, fixed_start, fixed_start + fixed_size - 1)
         return whole + (moving_start - fixed_start).to(whole.dtype).reshape([1, dims] + [1] * dims)
 
     def _box(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

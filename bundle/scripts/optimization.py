@@ -20,7 +20,7 @@ from torch.nn import functional
 from .fields import full_precision, jacobian_determinant, resize, warp
 from .losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, gaussian_blur
 from .mind import MINDSSCLoss, check_weight
-from .networks.active import is_count
+from .networks.active import affine_slopes, continue_along, is_count
 from .networks.combinators import both
 from .progress import progress as progress_bar
 
@@ -117,8 +117,9 @@ class FieldOptimization:
 
     A residual displacement is added to the ddf and optimized by Adam, on a coarser grid of controls which are smoothed
     with a Gaussian and lifted to the voxels: this lets whole regions move at once where single voxels see no slope. The
-    loss is `similarity(moved, fixed) + regularity_weight * DiffusionLoss(ddf) + folding_weight * mean(relu(0.1 - J)^2)`
-    with `J` the change of volume of each cell between voxels, and `ddf` the sum.
+    loss is `similarity(moved, fixed) + regularity_weight * DiffusionLoss(ddf - A)
+    + folding_weight * mean(relu(0.1 - J)^2)` with `J` the change of volume of each cell between voxels, `ddf` the sum,
+    and `A` the affine map that fits best where it starts: a turn is no lack of regularity.
 
     Images and ddf are first averaged over blocks of 4 and of 2 voxels, with three `levels`, and the steps taken there:
     larger moves are found, and a level costs an eighth of the next one in 3D. Levels on which an axis would have less
@@ -213,12 +214,14 @@ class FieldOptimization:
             moving, fixed, start, weight = _tensors("FieldOptimization", moving, fixed, ddf, weight)
             if self.steps == 0:
                 return start
+            corner = torch.zeros([1, start.dim() - 2], dtype=torch.long, device=start.device)
+            slopes = affine_slopes(start, corner, corner + torch.tensor(start.shape[2:], device=start.device) - 1)
             ddf, factors = start, self._factors([*moving.shape[2:], *fixed.shape[2:]])
             for factor in factors:
-                ddf = self._level(factor, moving, fixed, ddf, weight)
+                ddf = self._level(factor, moving, fixed, ddf, slopes, weight)
             if len(factors) > 1:  # what is better on a coarse level need not be on the fine one
                 with torch.no_grad():
-                    before, after = (self._loss(moving, fixed, field, weight) for field in (start, ddf))
+                    before, after = (self._loss(moving, fixed, field, slopes, weight) for field in (start, ddf))
                 return ddf if bool(after <= before) else start
             return ddf
 
@@ -227,7 +230,13 @@ class FieldOptimization:
         return [2**k for k in range(self.levels - 1, -1, -1) if k == 0 or min(sizes) >= 8 * 2**k]
 
     def _level(
-        self, factor: int, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, weight: torch.Tensor | None
+        self,
+        factor: int,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        ddf: torch.Tensor,
+        slopes: torch.Tensor,
+        weight: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the ddf after the steps of a level, `(1, D, *fixed shape)`, voxels."""
         moving, fixed, start = _averaged(moving, factor), _averaged(fixed, factor), _averaged(ddf, factor) / factor
@@ -238,19 +247,26 @@ class FieldOptimization:
 
         def objective() -> tuple[torch.Tensor, torch.Tensor]:
             total = start + self._lift(controls, coarse)
-            return self._loss(moving, fixed, total, weight), total
+            return self._loss(moving, fixed, total, slopes, weight), total
 
         best = _descend(objective, [controls], start, self.steps, self.learning_rate, self.progress)
         return best if factor == 1 else ddf + _within(resize(best - start, factor), ddf.shape[2:])
 
     def _loss(
-        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, weight: torch.Tensor | None
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        ddf: torch.Tensor,
+        slopes: torch.Tensor,
+        weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return what is minimized, a scalar."""
+        """Return what is minimized, a scalar; `slopes` `(1, D, D)` are those of the map that is not penalized."""
         moved = warp(moving, ddf, mode="linear", padding="zeros")
         loss = _compare(self.similarity, moved, fixed, weight)
         if self.regularity_weight:
-            loss = loss + self.regularity_weight * self.regularity(ddf)
+            corner = torch.zeros([1, ddf.dim() - 2], dtype=torch.long, device=ddf.device)
+            ramp = continue_along(torch.zeros_like(ddf), slopes, corner, corner)
+            loss = loss + self.regularity_weight * self.regularity(ddf - ramp)
         if self.folding_weight:
             volume = jacobian_determinant(ddf, scheme="forward")
             loss = loss + self.folding_weight * torch.relu(_LEAST_VOLUME - volume).square().mean()

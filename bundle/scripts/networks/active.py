@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
+    "affine_slopes",
     "box_mask",
     "check_pair",
     "check_precision",
     "clamp_to_box",
     "content_box",
     "continue_affinely",
+    "continue_along",
     "crop_to_content",
     "has_content",
     "is_count",
@@ -243,25 +245,72 @@ def continue_affinely(ddf: torch.Tensor, first: torch.Tensor, last: torch.Tensor
         >>> continue_affinely(ddf, torch.tensor([[1]]), torch.tensor([[3]])).tolist()
         [[[0.0, 2.0, 4.0, 6.0, 8.0]]]
     """
+    return continue_along(clamp_to_box(ddf, first, last), affine_slopes(ddf, first, last), first, last)
+
+
+def affine_slopes(ddf: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Fit an affine map to each sample's box of a ddf by least squares, and return its slopes.
+
+    Args:
+        ddf: `(B, D, *shape)`, voxels.
+        first: `(B, D)`, first index of the box along each axis, inside the grid.
+        last: `(B, D)`, last index.
+
+    Returns:
+        `(B, D, D)`: how much each component of the ddf grows in a voxel along each axis; 0 along an axis on which the
+        box is one voxel thick.
+
+    Example:
+        >>> affine_slopes(torch.tensor([[[0.0, 2.0, 4.0, 9.0]]]), torch.tensor([[0]]), torch.tensor([[2]])).tolist()
+        [[[2.0]]]
+    """
     shape = list(ddf.shape[2:])
     inside = box_mask(first, last, shape).to(ddf.dtype)
     size = (last - first + 1).to(ddf.dtype)
     count = size.prod(dim=1).reshape([-1, 1])
     mean = (ddf * inside).flatten(2).sum(dim=2) / count
     deviation = (ddf - mean.reshape(list(mean.shape) + [1] * len(shape))) * inside
-    answer = clamp_to_box(ddf, first, last)
+    slopes: List[torch.Tensor] = []
     for k in range(len(shape)):
-        view = [first.shape[0]] + [1] * (ddf.dim() - 1)
-        index = torch.arange(shape[k], device=ddf.device).unsqueeze(0)
-        nearest = torch.minimum(torch.maximum(index, first[:, k : k + 1]), last[:, k : k + 1])
-        view[2 + k] = shape[k]
-        outside = (index - nearest).to(ddf.dtype).reshape(view)
-        centered = (index.to(ddf.dtype) - 0.5 * (first + last)[:, k : k + 1].to(ddf.dtype)).reshape(view)
+        index = torch.arange(shape[k], device=ddf.device).unsqueeze(0).to(ddf.dtype)
+        centered = index - 0.5 * (first + last)[:, k : k + 1].to(ddf.dtype)
         # On a full grid the axes are uncorrelated: each slope is a covariance over a variance, (n^2 - 1) / 12.
-        covariance = (deviation * centered).flatten(2).sum(dim=2) / count
-        slope = covariance / ((size[:, k : k + 1] ** 2 - 1.0) / 12.0).clamp(min=0.25)
-        answer = answer + slope.reshape(list(slope.shape) + [1] * len(shape)) * outside
-    return answer
+        covariance = (deviation * _along(centered, k, len(shape))).flatten(2).sum(dim=2) / count
+        slopes.append(covariance / ((size[:, k : k + 1] ** 2 - 1.0) / 12.0).clamp(min=0.25))
+    return torch.stack(slopes, dim=2)
+
+
+def continue_along(ddf: torch.Tensor, slopes: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Let a ddf that is constant outward of each sample's box grow there along slopes; inside it stays as it is.
+
+    Args:
+        ddf: `(B, D, *shape)`, voxels.
+        slopes: `(B, D, D)`, see `affine_slopes`.
+        first: `(B, D)`, first index of the box along each axis; it may lie outside the grid.
+        last: `(B, D)`, last index.
+
+    Returns:
+        `(B, D, *shape)`, voxels.
+
+    Example:
+        >>> ddf = torch.tensor([[[0.0, 0.0, 2.0, 2.0]]])
+        >>> continue_along(ddf, torch.tensor([[[3.0]]]), torch.tensor([[1]]), torch.tensor([[2]])).tolist()
+        [[[-3.0, 0.0, 2.0, 5.0]]]
+    """
+    dims = ddf.dim() - 2
+    for k in range(dims):
+        index = torch.arange(ddf.shape[2 + k], device=ddf.device).unsqueeze(0)
+        nearest = torch.minimum(torch.maximum(index, first[:, k : k + 1]), last[:, k : k + 1])
+        outside = _along((index - nearest).to(ddf.dtype), k, dims)
+        ddf = ddf + slopes[:, :, k].reshape(list(slopes.shape[:2]) + [1] * dims) * outside
+    return ddf
+
+
+def _along(values: torch.Tensor, axis: int, dims: int) -> torch.Tensor:
+    """View values along an axis, `(B, n)`, so that they spread over `(B, C, *shape)`."""
+    view = [values.shape[0]] + [1] * (dims + 1)
+    view[2 + axis] = values.shape[1]
+    return values.reshape(view)
 
 
 def shift_grid(values: torch.Tensor, offset: torch.Tensor, shape: List[int], padding: str) -> torch.Tensor:
