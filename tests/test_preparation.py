@@ -13,7 +13,10 @@ from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.networks.layers import GaussianFilter
 from test_world import random_affine
 
+from equireg.fields import identity_grid
+from equireg.networks.affine import affine_ddf
 from equireg.preparation import PreparePaird, RestorePaird, _smoothed, network_axes, network_image, restored_field
+from equireg.spaces import apply_affine
 from equireg.world import affine_inverse, field_affine, sample_transform
 
 SHAPES = {2: ((23, 31), (29, 19)), 3: ((17, 23, 14), (21, 15, 19))}
@@ -196,3 +199,28 @@ def test_the_network_grid_is_nearest_to_ras() -> None:
 def test_what_does_not_fit_is_refused(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_affine_answer_goes_on_beyond_what_the_network_saw(dims: int) -> None:
+    """Content in a corner of a wide canvas, seen at another spacing, and an answer that turns and shears."""
+    generator = torch.Generator().manual_seed(0)
+    canvas = torch.zeros(1, *(40, 44, 36)[:dims])
+    canvas[(0, *[slice(5 + k, 19 + k) for k in range(dims)])] = 0.2 + torch.rand(*[14] * dims, generator=generator)
+    matrix = torch.eye(dims + 1, dtype=torch.float64)
+    matrix[:dims, :dims] = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))[0]
+    matrix[:dims, dims] = torch.tensor([3.0, -2.0, 5.0][:dims])
+    affine = torch.diag(torch.tensor([1.5] * 3 + [1.0], dtype=torch.float64))
+    affine[:3, 3] = torch.tensor([10.0, -20.0, 5.0])
+    whole = MetaTensor(canvas, affine=affine)
+    item = PreparePaird(spacing=2.0)({"moving": whole, "fixed": whole})
+    seen_moving, seen_fixed = (field_affine(item[f"network_{name}"]) for name in ("moving", "fixed"))
+    shape = list(item["network_fixed"].shape[1:])
+    assert any(2.0 * seen < 1.5 * size for seen, size in zip(shape, canvas.shape[1:])), "otherwise nothing is beyond"
+    field = RestorePaird()({**item, "pred": affine_ddf(matrix[None], shape)[0]})["fixed_to_moving"]
+    world = seen_moving @ matrix @ torch.linalg.inv(seen_fixed)
+    own = field_affine(whole)
+    index = identity_grid(list(canvas.shape[1:]), torch.float64)[0]
+    points = apply_affine(own, index)
+    moved = apply_affine(own, index + field.as_tensor().double())
+    assert (moved - apply_affine(world, points)).abs().max() < 1e-3  # millimeters, of a field in float32

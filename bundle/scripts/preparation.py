@@ -19,6 +19,7 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
 from .blocks import mapped_indices
+from .networks.active import affine_slopes, continue_along, shift_grid
 from .spaces import (
     apply_affine,
     covering_grid,
@@ -322,7 +323,8 @@ class RestorePaird(Transform):
         """Return a copy of the item with the field added."""
         item = dict(data)
         fixed, initial = item[self.fixed_key], item.get(self.initial_key)
-        steps: list[torch.Tensor] = [restored_field(item[self.pred_key], item["network_moving"], item["network_fixed"])]
+        answer = restored_field(item[self.pred_key], item["network_moving"], item["network_fixed"])
+        steps: list[torch.Tensor] = [_covering(answer, field_affine(fixed), fixed.shape[1:])]
         steps += [] if initial is None else [_plain(initial)]
         field = sample_transform(steps, field_affine(fixed), fixed.shape[1:])
         item[self.output_key] = _placed(_plain(field), field_affine(fixed), fixed)
@@ -361,6 +363,35 @@ def restored_field(pred: torch.Tensor, network_moving: MetaTensor, network_fixed
     to_fixed = torch.linalg.inv(field_affine(network_fixed)) @ field_affine(network_moving)
     moved = mapped_indices(shape, lambda index, where: apply_affine(to_fixed, index + ddf[where]))
     return as_field(moved, field_affine(network_fixed))
+
+
+def _covering(field: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> MetaTensor:
+    """Continue a displacement field until it covers a grid, along the affine map that fits it best.
+
+    A continued displacement does not turn: beyond the field of a large rotation it would fold.
+
+    Args:
+        field: `(D, *field shape)`, voxels of its grid.
+        affine: `(D + 1, D + 1)`, of the grid to cover.
+        shape: its shape.
+
+    Returns:
+        `(D, *larger field shape)`, the same inside.
+    """
+    dims, own, old = len(shape), field_affine(field), torch.tensor(field.shape[1:])
+    ends = torch.cartesian_prod(*(torch.tensor([0.0, size - 1.0], dtype=torch.float64) for size in shape))
+    corners = apply_affine(torch.linalg.inv(own) @ affine, ends.reshape(-1, dims).T)
+    before = (-corners.amin(dim=1)).ceil().clamp(min=0).long()
+    after = (corners.amax(dim=1) - old + 1).ceil().clamp(min=0).long()
+    if not bool((before + after).any()):
+        return field
+    values, corner = _plain(field).unsqueeze(0), before.unsqueeze(0)
+    slopes = affine_slopes(values, torch.zeros_like(corner), (old - 1).unsqueeze(0))
+    values = shift_grid(values, -corner, (before + old + after).tolist(), "border")
+    values = continue_along(values, slopes, corner, corner + old - 1)
+    own = own.clone()
+    own[:dims, dims] -= own[:dims, :dims] @ before.double()
+    return MetaTensor(values[0], affine=four_by_four(own), meta=dict(field.meta))
 
 
 def _placed(values: torch.Tensor, affine: torch.Tensor, source: MetaTensor) -> MetaTensor:
