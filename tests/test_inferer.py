@@ -154,6 +154,16 @@ def test_optimization_gets_crops_the_network_of_two_images_and_the_answer() -> N
     assert (pred[:, :2] - alone[:, :2] - 1.0).abs().max() < 3 * 8 * torch.finfo(torch.float32).eps  # of up to 8 voxels
 
 
+def test_answers_in_half_precision_stay_finite() -> None:
+    """The number of voxels of the crop does not fit into float16."""
+
+    def half(pair: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, 4, *pair.shape[2:]), 0.5, dtype=torch.float16)
+
+    image = place(content(44, 44, 44), (50, 50, 50), (3, 3, 3))
+    assert (RegistrationInferer()(image, half, fixed=image)[:, :3] == 0.5).all()
+
+
 @pytest.mark.parametrize("degrees", [0, 40, 150])
 def test_an_affine_answer_goes_on_beyond_the_crop(degrees: float) -> None:
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))

@@ -52,6 +52,7 @@ def test_a_known_map_is_undone(dims: int) -> None:
 def test_centers_of_labels_that_are_large_enough() -> None:
     labels = balls((40, 44))
     labels[0, 0, :3] = 2  # two pieces count as one label
+    labels[0, -1, :3] = -1  # nothing
     centers, found = label_centers(labels, 7)
     assert found.tolist() == [True] * 6 + [False], "7 is not there, and 9 beyond the count"
     for label in range(1, 7):

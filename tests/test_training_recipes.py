@@ -125,7 +125,8 @@ def test_correspondence_is_least_where_partners_look_alike(brain_attention: Modu
 def test_the_brain_is_put_together_of_its_stages(brain_attention: ModuleType, label_maps: Path, tmp_path: Path) -> None:
     brain_network = importlib.import_module("brain_network")
     attention, unet, whole = (str(tmp_path / f"{name}.pt") for name in ("attention", "unet", "whole"))
-    before = brain_network.brain_network("attention").state_dict()
+    brain_attention.main(str(label_maps), attention, steps=1, pairs=1)
+    before = load_network(attention).attention_stage().state_dict()
     brain_attention.main(str(label_maps), attention, steps=2, pairs=1)
     torch.save(randomized(PairNetwork(DisplacementUNet(3, 1, (16, 32, 64, 96, 96)))).state_dict(), unet)
     brain_network.main(attention, unet, whole)

@@ -8,7 +8,7 @@ import torch
 from monai.inferers import Inferer
 from torch import nn
 
-from .fields import warp
+from .fields import full_precision, warp
 from .mind import check_weight
 from .networks.active import affine_slopes, content_box, continue_along, shift_grid
 from .networks.pair import PairNetwork
@@ -151,7 +151,8 @@ class RegistrationInferer(Inferer):
             # What a pair network is made of takes crops of different shapes as they are.
             net = network.net if isinstance(network, PairNetwork) else _TwoImages(network, args, kwargs)
             ddf = self.optimization(net, moving, fixed_crop, ddf, weight).to(ddf.dtype)
-        # Beyond the crop along the affine map that fits it best: a turn goes on as a turn, and nothing folds there.
+        # Beyond the crop along the affine map that fits it best: a turn goes on as a turn.
+        ddf = full_precision(ddf)
         slopes = affine_slopes(ddf, torch.zeros_like(fixed_start), fixed_size.unsqueeze(0) - 1)
         whole = shift_grid(ddf, -fixed_start, list(fixed.shape[2:]), "border")
         whole = continue_along(whole, slopes, fixed_start, fixed_start + fixed_size - 1)

@@ -34,7 +34,7 @@ def label_centers(labels: torch.Tensor, count: int, least: int = 20) -> tuple[to
         ([[0.0, 0.5], [0.0, 3.0]], [True, True, False])
     """
     flat = labels[0].flatten().long()
-    flat = torch.where(flat <= count, flat, 0)
+    flat = torch.where((flat > 0) & (flat <= count), flat, 0)
     at = identity_grid(list(labels.shape[1:]), torch.float64)[0].flatten(1)
     sizes = torch.bincount(flat, minlength=count + 1)
     sums = torch.stack([torch.bincount(flat, weights=axis, minlength=count + 1) for axis in at], dim=1)

@@ -130,9 +130,10 @@ class FieldOptimization:
     Args:
         steps: number of Adam steps on each level; 0 returns the ddf as it is.
         learning_rate: of Adam: about how far a control can move in a step, voxels of its level.
-        similarity: loss `f(pred, target)`, or `f(pred, target, weight)` to be called with a weight; by default
-            `LocalCorrelationLoss(sigma=2)`. `MINDSSCLoss(radius=1, dilation=1)` takes twice the time; it was better on
-            MR images full of texture, and is not for smooth images or masks, of which it sees nothing but the edges.
+        similarity: loss `f(pred, target)`, or `f(pred, target, weight)` to be called with a weight, for images of 8
+            voxels an axis and more; by default `LocalCorrelationLoss(sigma=2)`. `MINDSSCLoss(radius=1, dilation=1)`
+            takes twice the time; it was better on MR images full of texture, and is not for smooth images or masks, of
+            which it sees nothing but the edges.
         regularity_weight: factor of the diffusion; by default 0.05 for `MINDSSCLoss`, and 0.15 for others.
         folding_weight: factor of the penalty on cells that shrink below a tenth of their volume.
         spacing: distance of the controls in voxels.
@@ -219,10 +220,11 @@ class FieldOptimization:
             ddf, factors = start, self._factors([*moving.shape[2:], *fixed.shape[2:]])
             for factor in factors:
                 ddf = self._level(factor, moving, fixed, ddf, slopes, weight)
-            if len(factors) > 1:  # what is better on a coarse level need not be on the fine one
+            if len(factors) > 1:  # where the coarse levels led astray, the fine one goes alone
                 with torch.no_grad():
                     before, after = (self._loss(moving, fixed, field, slopes, weight) for field in (start, ddf))
-                return ddf if bool(after <= before) else start
+                if not bool(after <= before):
+                    return self._level(1, moving, fixed, start, slopes, weight)
             return ddf
 
     def _factors(self, sizes: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..fields import full_precision, identity_grid, warp
 from .active import content_box, is_count, keep_if_content
-from .combinators import Downsample, both_of_each
+from .combinators import Downsample, both, both_of_each
 from .rotation import turn, turn_matrix
 
 __all__ = ["AffineFit", "affine_ddf", "fit_affine", "halfway", "unexplained"]
@@ -95,6 +95,13 @@ def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, larges
         >>> halfway(shrinking, shrinking, torch.zeros(1, 1))[0].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
+    return _halfway(there, back, point, largest_change)[0]
+
+
+def _halfway(
+    there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, largest_change: float = 8.0
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return what `halfway` returns, and whether it is more than a translation, `(B,)`."""
     product = back @ there
     identity = torch.eye(there.shape[1], dtype=there.dtype, device=there.device).expand_as(there)
     inverse = _inverse_root(product.detach())
@@ -105,9 +112,9 @@ def halfway(there: torch.Tensor, back: torch.Tensor, point: torch.Tensor, larges
     step = (there[:, :-1, :-1] - identity[:, :-1, :-1]) @ point.unsqueeze(2) + there[:, :-1, -1:]
     moved = torch.cat([identity[:, :, :-1], torch.cat([step, identity[:, -1:, -1:]], dim=1)], dim=2)
     # Once more, with gradients, for those that have a root: the others' would be NaN, also where they are not used.
-    fits = fits[:, None, None]
-    there, product = torch.where(fits, there, identity), torch.where(fits, product, identity)
-    return torch.where(fits, there @ _inverse_root(product), moved)
+    each = fits[:, None, None]
+    there, product = torch.where(each, there, identity), torch.where(each, product, identity)
+    return torch.where(each, there @ _inverse_root(product), moved), fits
 
 
 def _inverse_root(product: torch.Tensor) -> torch.Tensor:
@@ -265,7 +272,10 @@ class AffineFit(nn.Module):
     def _answers(self, movings: List[torch.Tensor], fixed: torch.Tensor) -> List[Tuple[torch.Tensor, torch.Tensor]]:
         """Ask the network in both directions."""
         if not torch.jit.is_scripting():
-            return both_of_each(self.net.net if self.pooled else self.net, movings, fixed)  # type: ignore[arg-type]
+            net: nn.Module = self.net.net if self.pooled else self.net  # type: ignore[assignment]
+            if len(movings) == 1:  # in training this makes one batch of the two images
+                return [both(net, movings[0], fixed)]
+            return both_of_each(net, movings, fixed)
         elif self.pooled:
             return [(self.net.net(one, fixed), self.net.net(fixed, one)) for one in movings]  # type: ignore[operator]
         else:
@@ -292,7 +302,10 @@ def _joined(
     there, again = fit_affine(ddf, fixed_share), fit_affine(back, share)
     misfit = unexplained(ddf, fixed_share, there) + unexplained(back, share, again)
     from_moving, from_fixed = torch.linalg.inv(to_moving), torch.linalg.inv(to_fixed)
-    return halfway(to_moving @ there @ from_fixed, to_fixed @ again @ from_moving, point), misfit
+    matrix, fits = _halfway(to_moving @ there @ from_fixed, to_fixed @ again @ from_moving, point)
+    # Maps that cannot be joined, and content that was lost on the way, are worse than any that explain anything.
+    fits = fits & (share > 0).flatten(1).any(dim=1) & (fixed_share > 0).flatten(1).any(dim=1)
+    return matrix, misfit + 2.0 * (~fits).to(misfit.dtype)
 
 
 def _best(maps: torch.Tensor, misfits: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
