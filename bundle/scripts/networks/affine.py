@@ -184,8 +184,9 @@ class AffineFit(nn.Module):
 
     With `turns` the first round is asked once for each, of the moving image turned so. The four answers that an affine
     map explains best get a second round, and the best of these goes on: a network that finds images turned by up to
-    some 60 degrees, as far as any rotation is from one of the 24 of the grid, then finds them turned by any angle. When
-    the moving image is turned by a member of a group of turns the answer turns with it.
+    some 60 degrees, as far as any rotation is from one of the 24 of the grid, then finds them turned by any angle, if
+    it knows images turned like the fixed one. When the moving image is turned by a member of a group of turns the
+    answer turns with it.
 
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
