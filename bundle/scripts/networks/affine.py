@@ -149,7 +149,7 @@ def unexplained(ddf: torch.Tensor, weight: torch.Tensor, matrix: torch.Tensor) -
         >>> steps = torch.tensor([[[0.0, 1.0, 2.0, 4.0]]])
         >>> double = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
         >>> unexplained(steps, torch.ones(1, 1, 4), double).round(decimals=3).tolist()
-        [0.036]
+        [0.038]
     """
     steps, part = ddf.detach().double().flatten(2), weight.double().flatten(2)
     part = part / part.sum(dim=2, keepdim=True).clamp(min=1e-12)
