@@ -10,7 +10,7 @@ from torch import nn
 
 from .fields import full_precision, warp
 from .mind import check_weight
-from .networks.active import affine_slopes, content_box, continue_along, shift_grid
+from .networks.active import content_box, place_affinely, shift_grid
 from .networks.pair import PairNetwork
 
 __all__ = ["RegistrationInferer"]
@@ -152,10 +152,7 @@ class RegistrationInferer(Inferer):
             net = network.net if isinstance(network, PairNetwork) else _TwoImages(network, args, kwargs)
             ddf = self.optimization(net, moving, fixed_crop, ddf, weight).to(ddf.dtype)
         # Beyond the crop along the affine map that fits it best: a turn goes on as a turn.
-        ddf = full_precision(ddf)
-        slopes = affine_slopes(ddf, torch.zeros_like(fixed_start), fixed_size.unsqueeze(0) - 1)
-        whole = shift_grid(ddf, -fixed_start, list(fixed.shape[2:]), "border")
-        whole = continue_along(whole, slopes, fixed_start, fixed_start + fixed_size - 1)
+        whole = place_affinely(full_precision(ddf), fixed_start, list(fixed.shape[2:]))
         return whole + (moving_start - fixed_start).to(whole.dtype).reshape([1, dims] + [1] * dims)
 
     def _box(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

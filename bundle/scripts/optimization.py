@@ -222,7 +222,8 @@ class FieldOptimization:
                 ddf = self._level(factor, moving, fixed, ddf, slopes, weight)
             if len(factors) > 1:  # where the coarse levels led astray, the fine one goes alone
                 with torch.no_grad():
-                    before, after = (self._loss(moving, fixed, field, slopes, weight) for field in (start, ddf))
+                    free = _ramp(slopes, start)
+                    before, after = (self._loss(moving, fixed, field, free, weight) for field in (start, ddf))
                 if not bool(after <= before):
                     return self._level(1, moving, fixed, start, slopes, weight)
             return ddf
@@ -246,10 +247,11 @@ class FieldOptimization:
         coarse = start.shape[2:]
         controls = start.new_zeros([1, len(coarse)] + [-(-size // self.spacing) for size in coarse])
         controls.requires_grad_()
+        free = _ramp(slopes, start)
 
         def objective() -> tuple[torch.Tensor, torch.Tensor]:
             total = start + self._lift(controls, coarse)
-            return self._loss(moving, fixed, total, slopes, weight), total
+            return self._loss(moving, fixed, total, free, weight), total
 
         best = _descend(objective, [controls], start, self.steps, self.learning_rate, self.progress)
         return best if factor == 1 else ddf + _within(resize(best - start, factor), ddf.shape[2:])
@@ -259,16 +261,14 @@ class FieldOptimization:
         moving: torch.Tensor,
         fixed: torch.Tensor,
         ddf: torch.Tensor,
-        slopes: torch.Tensor,
+        free: torch.Tensor,
         weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return what is minimized, a scalar; `slopes` `(1, D, D)` are those of the map that is not penalized."""
+        """Return what is minimized, a scalar; `free` is the part of the ddf that regularity does not see."""
         moved = warp(moving, ddf, mode="linear", padding="zeros")
         loss = _compare(self.similarity, moved, fixed, weight)
         if self.regularity_weight:
-            corner = torch.zeros([1, ddf.dim() - 2], dtype=torch.long, device=ddf.device)
-            ramp = continue_along(torch.zeros_like(ddf), slopes, corner, corner)
-            loss = loss + self.regularity_weight * self.regularity(ddf - ramp)
+            loss = loss + self.regularity_weight * self.regularity(ddf - free)
         if self.folding_weight:
             volume = jacobian_determinant(ddf, scheme="forward")
             loss = loss + self.folding_weight * torch.relu(_LEAST_VOLUME - volume).square().mean()
@@ -281,6 +281,12 @@ class FieldOptimization:
             inside = gaussian_blur(torch.ones_like(controls[:, :1]), self.smoothing)
             controls = gaussian_blur(controls, self.smoothing) / inside
         return _within(resize(controls / self.spacing, self.spacing), shape)
+
+
+def _ramp(slopes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the ddf of slopes `(1, D, D)` that is 0 at the first voxel, of the shape of `like`."""
+    corner = torch.zeros([1, like.dim() - 2], dtype=torch.long, device=like.device)
+    return continue_along(torch.zeros_like(like), slopes, corner, corner)
 
 
 def _within(values: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -19,7 +19,7 @@ from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor
 
 from .blocks import mapped_indices
-from .networks.active import affine_slopes, continue_along, shift_grid
+from .networks.active import place_affinely
 from .spaces import (
     apply_affine,
     covering_grid,
@@ -379,16 +379,13 @@ def _covering(field: MetaTensor, affine: torch.Tensor, shape: Sequence[int]) -> 
         `(D, *larger field shape)`, the same inside.
     """
     dims, own, old = len(shape), field_affine(field), torch.tensor(field.shape[1:])
-    ends = torch.cartesian_prod(*(torch.tensor([0.0, size - 1.0], dtype=torch.float64) for size in shape))
-    corners = apply_affine(torch.linalg.inv(own) @ affine, ends.reshape(-1, dims).T)
-    before = (-corners.amin(dim=1)).ceil().clamp(min=0).long()
-    after = (corners.amax(dim=1) - old + 1).ceil().clamp(min=0).long()
+    grid, size = covering_grid(affine, shape, own, dims)
+    first = apply_affine(torch.linalg.inv(own), grid[:dims, dims:])[:, 0]  # of that grid, in indices of the field
+    before = (-first).ceil().clamp(min=0).long()
+    after = (first + torch.tensor(size) - old).ceil().clamp(min=0).long()
     if not bool((before + after).any()):
         return field
-    values, corner = _plain(field).unsqueeze(0), before.unsqueeze(0)
-    slopes = affine_slopes(values, torch.zeros_like(corner), (old - 1).unsqueeze(0))
-    values = shift_grid(values, -corner, (before + old + after).tolist(), "border")
-    values = continue_along(values, slopes, corner, corner + old - 1)
+    values = place_affinely(_plain(field).unsqueeze(0), before.unsqueeze(0), (before + old + after).tolist())
     own = own.clone()
     own[:dims, dims] -= own[:dims, :dims] @ before.double()
     return MetaTensor(values[0], affine=four_by_four(own), meta=dict(field.meta))

@@ -38,7 +38,7 @@ def main(attention: str, unet: str, output: str) -> None:
     """
     network = brain_network("deck")
     network.attention_stage().load_state_dict(load_network(attention).attention_stage().state_dict())
-    learned = {name.removeprefix("net."): value for name, value in read_state(unet).items()}
+    learned = read_state(unet)
     for refinement in (network.steps.first.second, network.steps.second):
         refinement.load_state_dict(learned)
     save_atomically(network.state_dict(), output)

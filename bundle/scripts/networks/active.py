@@ -23,6 +23,7 @@ __all__ = [
     "has_content",
     "is_count",
     "keep_if_content",
+    "place_affinely",
     "shift_grid",
 ]
 
@@ -304,6 +305,26 @@ def continue_along(ddf: torch.Tensor, slopes: torch.Tensor, first: torch.Tensor,
         outside = _along((index - nearest).to(ddf.dtype), k, dims)
         ddf = ddf + slopes[:, :, k].reshape(list(slopes.shape[:2]) + [1] * dims) * outside
     return ddf
+
+
+def place_affinely(ddf: torch.Tensor, start: torch.Tensor, shape: List[int]) -> torch.Tensor:
+    """Place a ddf on another grid, whole voxels away, and continue it there along the affine map that fits it best.
+
+    Args:
+        ddf: `(B, D, *old shape)`, voxels.
+        start: `(B, D)`, index of its first voxel on the new grid; it may lie outside.
+        shape: of the new grid.
+
+    Returns:
+        `(B, D, *shape)`, voxels.
+
+    Example:
+        >>> place_affinely(torch.tensor([[[2.0, 5.0]]]), torch.tensor([[1]]), [4]).tolist()
+        [[[-1.0, 2.0, 5.0, 8.0]]]
+    """
+    last = torch.tensor(ddf.shape[2:], device=ddf.device) - 1
+    slopes = affine_slopes(ddf, torch.zeros_like(start), last.expand_as(start))
+    return continue_along(shift_grid(ddf, -start, shape, "border"), slopes, start, start + last)
 
 
 def _along(values: torch.Tensor, axis: int, dims: int) -> torch.Tensor:

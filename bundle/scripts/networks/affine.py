@@ -7,7 +7,7 @@ from torch import nn
 
 from ..fields import full_precision, identity_grid, warp
 from .active import content_box, is_count, keep_if_content
-from .combinators import Downsample, both, both_of_each
+from .combinators import Downsample, both_of_each
 from .rotation import turn, turn_matrix
 
 __all__ = ["AffineFit", "affine_ddf", "fit_affine", "halfway", "unexplained"]
@@ -273,10 +273,7 @@ class AffineFit(nn.Module):
     def _answers(self, movings: List[torch.Tensor], fixed: torch.Tensor) -> List[Tuple[torch.Tensor, torch.Tensor]]:
         """Ask the network in both directions."""
         if not torch.jit.is_scripting():
-            net: nn.Module = self.net.net if self.pooled else self.net  # type: ignore[assignment]
-            if len(movings) == 1:  # in training this makes one batch of the two images
-                return [both(net, movings[0], fixed)]
-            return both_of_each(net, movings, fixed)
+            return both_of_each(self.net.net if self.pooled else self.net, movings, fixed)  # type: ignore[arg-type]
         elif self.pooled:
             return [(self.net.net(one, fixed), self.net.net(fixed, one)) for one in movings]  # type: ignore[operator]
         else:

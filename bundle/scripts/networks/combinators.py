@@ -47,7 +47,7 @@ def both_of_each(
         For each moving image what `both` returns.
     """
     own = getattr(net, "both_of_each", None)
-    if own is not None:
+    if own is not None and len(movings) > 1:  # of one pair `both` can make one batch
         return own(movings, fixed)
     return [both(net, moving, fixed) for moving in movings]
 
