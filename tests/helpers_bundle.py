@@ -18,7 +18,13 @@ from monai.utils import set_determinism
 
 from equireg.networks import CARL, PairNetwork
 
-TINY_NETWORK = {"network_def#net#feature_channels": 8, "network_def#net#refinement_channels": [4, 8]}
+TINY_NETWORK = {
+    "network_def#net#feature_channels": 8,
+    "network_def#net#factor": 4,
+    "network_def#net#refinement_channels": [4, 8],
+    "network_def#net#affine_rounds": 0,
+    "network_def#net#affine_turns": "none",
+}
 TINY_2D = {"spatial_dims": 2, **TINY_NETWORK}
 TINY_TRAINING = {"epochs": 1, "iterations": 2, "val_pairs": 2, "progress": False, "tensorboard": False, **TINY_NETWORK}
 SIZES = {2: {"spatial_dims": 2, "shape": [32, 32]}, 3: {"spatial_dims": 3, "shape": [16, 16, 16]}}

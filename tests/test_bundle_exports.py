@@ -10,7 +10,7 @@ import monai.bundle
 import numpy as np
 import pytest
 import torch
-from helpers_bundle import SIZES, TINY_2D, TINY_NETWORK, files, inside_bundle, random_network
+from helpers_bundle import SIZES, files, inside_bundle, random_network
 from helpers_networks import content, place
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:(?s).*parsing config_file")
@@ -70,7 +70,7 @@ def export(kind: str, dims: int, folder: Path, **options: Any) -> tuple[torch.nn
         ckpt_file=str(folder / "model.pt"),
         meta_file=metadata(dims, folder),
         config_file=files("inference"),
-        **(TINY_2D if dims == 2 else TINY_NETWORK),
+        weights=str(folder / "model.pt"),
         **options,
     )
     return network, path

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_bundle import TINY_TRAINING, blob, files, inside_bundle, random_weights, run, save_image, told
+from helpers_bundle import TINY_NETWORK, TINY_TRAINING, blob, files, inside_bundle, random_weights, run, save_image, told
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
 
@@ -31,7 +31,8 @@ def options(tmp_path: Path) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(path, blob((9, 8, 8 + number % 3), (4, 4, 4), 3, seed=number), np.diag([2.0, 2.0, 2.0, 1.0]))
     weights = str(random_weights(tmp_path / "weights.pt", 3))
-    return {**TINY_TRAINING, "dataset_dir": str(tmp_path / "images"), "pretrained": weights}
+    options = {key: value for key, value in TINY_TRAINING.items() if key not in TINY_NETWORK}
+    return {**options, "dataset_dir": str(tmp_path / "images"), "spacing": 1.0, "pretrained": weights}
 
 
 def checkpoint(out: Path) -> dict[str, Any]:

@@ -202,15 +202,17 @@ def test_shipped_weights_register(name: str) -> None:
     assert ddf.shape == (1, network.spatial_dims, *image.shape[2:]) and torch.isfinite(ddf).all()
 
 
-@pytest.mark.parametrize("config", ["train.json", "inference.json"])
-def test_model_fits_the_configs(config: str) -> None:
-    path = MODELS / "model.pt"
-    if not path.exists():
-        pytest.skip("the bundle ships no models/model.pt yet")
-    state = torch.load(path, weights_only=True)
-    assert all(torch.is_tensor(value) for value in state.values()), "model.pt must be a flat state dict"
-    definition = json.loads((CONFIGS / config).read_text())["network_def"]["net"]
-    arguments = {key: value for key, value in definition.items() if key != "_target_"} | {"spatial_dims": 3}
+@pytest.mark.parametrize(
+    ("config", "file"), [("train", "model.pt"), ("hippocampus", "hippocampus.pt"), ("vessels", "vessels.pt")]
+)
+def test_shipped_weights_fit_the_configs(config: str, file: str) -> None:
+    """Hosts load `models/model.pt` into the network of train.json; recipes make the weights called like them."""
+    state = torch.load(MODELS / file, weights_only=True)
+    assert all(torch.is_tensor(value) for value in state.values()), f"{file} must be a flat state dict"
+    content = json.loads((CONFIGS / f"{config}.json").read_text())
+    definition = content.get("network_def#net") or content["network_def"]["net"]
+    arguments = {key: value for key, value in definition.items() if key != "_target_"}
+    arguments["spatial_dims"] = content.get("spatial_dims", 3)
     network = PairNetwork(CARL(**arguments))
     network.load_state_dict(state)
     assert json.loads(bytes(state["net._extra_state"].tolist())) == network.net.arguments

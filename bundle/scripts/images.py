@@ -346,7 +346,7 @@ def _single_slice(values: np.ndarray, affine: np.ndarray, what: str) -> tuple[np
     if not single:
         raise ValueError(
             f"The {what} is 3D, of shape {values.shape}: choose a 2D image or a volume of one slice, or register in "
-            "3D, with weights such as hippocampus."
+            "3D, with weights such as brain."
         )
     for axis in single:
         kept = [i for i in range(3) if i != axis]

@@ -124,7 +124,7 @@ class Registrar:
 
     def __init__(
         self,
-        weights: str | Path | nn.Module = "hippocampus",
+        weights: str | Path | nn.Module = "brain",
         *,
         device: str = "cpu",
         spacing: Sequence[float] | float | None = None,

@@ -123,10 +123,7 @@ def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -
         >>> network(torch.rand(1, 1, 64, 64), torch.rand(1, 1, 64, 64)).shape
         torch.Size([1, 2, 64, 64])
     """
-    record = weights_record(name_or_path)
-    path = _bundle_folder("models") / record["file"]  # the path of another file is absolute, and stays
-    if _sha256(path) != record["sha256"]:
-        raise ValueError(f"the shipped weights {path} are damaged: their hash is not the recorded one.")
+    path = _weights_file(name_or_path)
     state = read_state(path)
     if _ARGUMENTS_KEY not in state:
         raise ValueError(f"{path} does not say which network it belongs to (no entry '{_ARGUMENTS_KEY}').")
@@ -138,18 +135,29 @@ def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -
     return network.to(device).eval()
 
 
-def load_into(network: nn.Module, path: str | Path) -> None:
+def load_into(network: nn.Module, name_or_path: str | Path) -> None:
     """Load weights into a network that is already built, all of them or none.
 
     Args:
         network: a registration network, or a `PairNetwork` around one.
-        path: a flat state dict, or a checkpoint that holds one under "model", from any device.
+        name_or_path: name of shipped weights, or the path of a flat state dict or of a checkpoint that holds one under
+            "model", from any device.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the name is no shipped one and no file has that path.
         ValueError: if the file holds no weights, or those of another network.
     """
+    path = _weights_file(name_or_path)
     _fill(network.net if isinstance(network, PairNetwork) else network, read_state(path), path)
+
+
+def _weights_file(name_or_path: str | Path) -> Path:
+    """Return the path of a weights file, and refuse a shipped one that is damaged."""
+    record = weights_record(name_or_path)
+    path = _bundle_folder("models") / record["file"]  # the path of another file is absolute, and stays
+    if _sha256(path) != record["sha256"]:
+        raise ValueError(f"the shipped weights {path} are damaged: their hash is not the recorded one.")
+    return path
 
 
 def _fill(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:

@@ -11,12 +11,12 @@ flips="[{'_target_':'RandAxisFlipd','keys':['moving','fixed','moving_label','fix
 stage() { # name, weights to start from, then overrides
     local name=$1 start=$2
     shift 2
-    python -m monai.bundle run training --config_file "['configs/train.json','configs/labels.json']" \
+    python -m monai.bundle run training --config_file "['configs/train.json','configs/hippocampus.json','configs/labels.json']" \
         --dataset_dir "$dataset" --output_dir "$output/$name" --num_labels 2 --autocast bfloat16 --iterations 100 \
         --val_pairs 16 --pretrained "$start" "$@"
 }
 
-stage 1 models/model.pt --epochs 24 --lr_scheduler#lr_lambda#epochs 30 --val_interval 3 --label_weight 1 --learning_rate 0.0005 --seed 3 \
+stage 1 hippocampus --epochs 24 --lr_scheduler#lr_lambda#epochs 30 --val_interval 3 --label_weight 1 --learning_rate 0.0005 --seed 3 \
     --train#random_transforms "$flips"
 stage 2 "$output/1/model.pt" --epochs 37 --lr_scheduler#lr_lambda#epochs 40 --val_interval 4 --learning_rate 0.0005 --seed 4 \
     --train#random_transforms "$flips"

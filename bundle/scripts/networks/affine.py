@@ -188,6 +188,9 @@ class AffineFit(nn.Module):
     it knows images turned like the fixed one. When the moving image is turned by a member of a group of turns the
     answer turns with it.
 
+    In training there is one round, of the moving image as it is: further rounds and turns are a search, of which one would
+    learn little and which costs many times more.
+
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
 
@@ -231,8 +234,11 @@ class AffineFit(nn.Module):
             ddf `(B, D, *fixed shape)`, voxels, of an affine map; zero for a sample of which either image is empty.
         """
         shape = list(fixed.shape[2:])
-        maps, misfits = self._starts(moving, fixed)
-        for k in range(1, self.rounds):
+        if self.training:
+            maps, misfits = self._fit([moving], fixed)
+        else:
+            maps, misfits = self._starts(moving, fixed)
+        for k in range(1, 1 if self.training else self.rounds):
             maps, misfits = _best(maps, misfits, self.candidates if k == 1 else 1)
             so_far = maps.unbind()
             steps, misfits = self._fit([self._moved(moving, matrix, shape) for matrix in so_far], fixed)

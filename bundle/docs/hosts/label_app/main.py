@@ -125,7 +125,7 @@ class EquiregApp(MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         """Return the two tasks."""
         folder = Path(self.conf.get("results", Path(self.app_dir) / "results")).absolute()
-        shared = (self.datastore(), folder, self.conf.get("weights", "hippocampus"))
+        shared = (self.datastore(), folder, self.conf.get("weights", "brain"))
         return {
             "register": RegistrationTask(*shared, "moved", InferType.OTHERS, "Register `moving` to the image"),
             "propagate": RegistrationTask(
