@@ -315,7 +315,9 @@ def test_two_hippocampi(own_server: Served, shared_data: Path) -> None:
     for name, image in zip(names, ids):
         own_server.client.upload_image(str(folder / "imagesTr" / name), image)
         own_server.client.save_label(image, str(folder / "labelsTr" / name))
-    moved, result = own_server.client.infer("register", ids[1], {"moving": ids[0], "optimize": 50})
+    moved, result = own_server.client.infer(
+        "register", ids[1], {"moving": ids[0], "weights": "hippocampus", "optimize": 50}
+    )
     fixed = nib.load(folder / "imagesTr" / names[1])
     assert nib.load(moved).shape == fixed.shape and np.allclose(nib.load(moved).affine, fixed.affine, atol=1e-4)
     assert result["overlap"]["dice"] > max(0.6, result["overlap"]["dice_before"])

@@ -125,9 +125,17 @@ def test_rounds_go_on_where_the_network_stops_short() -> None:
     misses = []
     for rounds in (1, 2, 4):
         with torch.no_grad():
-            ddf = AffineFit(Blobs(0.7), rounds)(moving, fixed)
+            ddf = AffineFit(Blobs(0.7), rounds).eval()(moving, fixed)
         misses.append((warp(moving, ddf, padding="zeros") - fixed).abs().max().item())
     assert misses[0] > 0.1 and misses[0] > 2 * misses[1] > 4 * misses[2] and misses[2] < 0.05
+
+
+def test_training_asks_once_and_of_the_image_as_it_is() -> None:
+    fixed, moving = blob((40, 44), (20, 22), (4, 4)), blob((50, 40), (27, 17), (6, 3))
+    whole, plain = AffineFit(Blobs(0.7), 4, rotation_group(2, "grid")), AffineFit(Blobs(0.7), 1)
+    first = plain.eval()(moving, fixed)
+    assert torch.equal(whole.train()(moving, fixed), first)
+    assert (whole.eval()(moving, fixed) - first).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -193,7 +201,7 @@ def test_starts_from_turns_find_what_a_network_finds_turned_a_little(dims: int) 
         moving = dots(places @ rotation.T, 37)
         errors = []
         for starts in (turns, ()):
-            ddf = AffineFit(Dots(50.0 if dims == 2 else 70.0), 1, starts)(moving, fixed)
+            ddf = AffineFit(Dots(50.0 if dims == 2 else 70.0), 1, starts).eval()(moving, fixed)
             found = (ddf + identity_grid([25] * dims, torch.float64))[
                 (0, slice(None), *(places.round().long() + 12).T)
             ].T
@@ -267,7 +275,7 @@ class OneRight(nn.Module):
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_start_that_mirrors_never_wins(rounds: int) -> None:
     image = torch.arange(1.0, 82.0, dtype=torch.float64).reshape(1, 1, 9, 9)
-    ddf = AffineFit(OneRight(), rounds, rotation_group(2, "pi"))(image, image)
+    ddf = AffineFit(OneRight(), rounds, rotation_group(2, "pi")).eval()(image, image)
     assert ddf.abs().max() < 2.0  # 8 with the translation that a mirror is replaced by
 
 
@@ -299,8 +307,9 @@ def test_several_moving_images_at_once(training: bool) -> None:
     assert plain[0][0].mean(dim=(0, 2, 3)).round(decimals=3).tolist() == [-1.0, 0.0]
 
 
-def test_gradients_reach_the_network_and_empty_samples_get_zero() -> None:
-    net = randomized(CARL(2, nesting="right", affine_rounds=2, **SMALL)).train()
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_reach_the_network_and_empty_samples_get_zero(training: bool) -> None:
+    net = randomized(CARL(2, nesting="right", affine_rounds=2, **SMALL)).train(training)
     moving, fixed = content(14, 13, batch=2), content(12, 14, batch=2, seed=1)
     moving[0] = 0.0
     ddf = net.attention_stage()(moving, fixed)
@@ -336,7 +345,7 @@ def test_samples_without_a_root_leave_the_gradients_of_others_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_coordinates_are_never_counted_in_half_precision(dtype: torch.dtype) -> None:
     fixed, moving = blob((20, 22), (9, 10), (3, 3)).to(dtype), blob((22, 20), (12, 8), (4, 2)).to(dtype)
-    ddf = AffineFit(Blobs(0.7), 2)(moving, fixed)
+    ddf = AffineFit(Blobs(0.7), 2).eval()(moving, fixed)
     assert ddf.dtype == torch.promote_types(dtype, torch.float32) and ddf.isfinite().all()
 
 
@@ -360,7 +369,7 @@ def test_content_moved_by_half_a_voxel_is_the_same_from_everywhere(dtype: torch.
     for at in range(12):
         net = Recorded()
         moving, fixed = content(12, 11, dtype=dtype), content(13, 14, seed=1, dtype=dtype)
-        AffineFit(net, 2)(place(moving, (40, 40), (at, 2 * at)), place(fixed, (40, 40), (13, 12)))
+        AffineFit(net, 2).eval()(place(moving, (40, 40), (at, 2 * at)), place(fixed, (40, 40), (13, 12)))
         sizes.add(tuple(net.sizes[2]))  # what the second round is given
     assert len(sizes) == 1
 
