@@ -162,8 +162,8 @@ def test_a_known_translation_is_recovered_with_sign_in_millimeters(tmp_path: Pat
     for name, affine in affines.items():
         nib.save(nib.Nifti1Image(values, affine), tmp_path / f"{name}.nii.gz")
     for name in affines:
-        pair = ["--weights", "hippocampus", "--moving", tmp_path / f"{name}.nii.gz", "--fixed", tmp_path / "fixed.nii.gz"]
-        assert run("register", *pair, "--output", tmp_path / name, "--nopicture") == 0
+        pair = ["--moving", tmp_path / f"{name}.nii.gz", "--fixed", tmp_path / "fixed.nii.gz"]
+        assert run("register", *pair, "--weights", "hippocampus", "--output", tmp_path / name, "--nopicture") == 0
         (found[name],) = read_transform(tmp_path / name / "fixed_to_moving.nii.gz")
     points = torch.from_numpy(np.argwhere(values > 0) @ affines["fixed"][:3, :3].T + affines["fixed"][:3, 3])
     apart, alone = (map_points(points, [found[name]]).numpy() for name in ("moving", "fixed"))

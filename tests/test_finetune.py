@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers_bundle import TINY_NETWORK, TINY_TRAINING, blob, files, inside_bundle, random_weights, run, save_image, told
+from helpers_bundle import (
+    TINY_NETWORK,
+    TINY_TRAINING,
+    blob,
+    files,
+    inside_bundle,
+    random_weights,
+    run,
+    save_image,
+    told,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
 

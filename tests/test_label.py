@@ -86,15 +86,15 @@ def own_server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make one organ twice, one stretched and 40 mm away, on oblique grids stored in different orders."""
+    """Make one organ as large as a brain twice, one stretched and 40 mm away, on oblique grids of different orders."""
     folder = tmp_path_factory.mktemp("images")
     organ, label = anatomy(), (anatomy() > 120).astype(np.float32)
     canvas = tuple(slice(a, a + n) for a, n in zip((6, 3, 2), organ.shape))
     for name, values in (("", organ), ("_label", label)):
         larger = np.zeros((50, 60, 44), np.float32)
         larger[canvas] = values
-        save_image(folder / f"moving{name}.nii.gz", larger, oblique((1, 1.08, 1), 0.4, (30, -10, 5)))
-        fixed = nib.Nifti1Image(values, oblique((1, 1, 1), 0.4, (-5, 15, 12)))
+        save_image(folder / f"moving{name}.nii.gz", larger, oblique((3, 3.24, 3), 0.4, (30, -10, 5)))
+        fixed = nib.Nifti1Image(values, oblique((3, 3, 3), 0.4, (-5, 15, 12)))
         nib.save(stored_as(fixed, "LPS"), folder / f"fixed{name}.nii.gz")
     return folder
 

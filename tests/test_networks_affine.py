@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers_networks import SMALL, content, place, randomized, vector
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 from equireg.fields import identity_grid, warp
@@ -182,6 +185,32 @@ class Dots(nn.Module):
         return ddf
 
 
+class UsualDots(Dots):
+    """Find dots of equal value again that lie in a similar direction as usual in both images."""
+
+    def __init__(self, degrees: float, usual: torch.Tensor) -> None:
+        super().__init__(degrees)
+        self.usual = usual
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        known = []
+        for image in (moving, fixed):
+            at = (image[0, 0] != 0).nonzero()
+            values = image[(0, 0, *at.T)].round().long() - 1
+            alike = torch.cosine_similarity(at - at.double().mean(dim=0), self.usual[values]) > self.least
+            known.append(
+                torch.zeros_like(image).index_put((torch.tensor(0), torch.tensor(0), *at[alike].T), image.new_ones(1))
+            )
+        center = (moving[0, 0] != 0).nonzero().double().mean(dim=0)
+        ddf = torch.zeros(1, fixed.dim() - 2, *fixed.shape[2:], dtype=torch.float64)
+        for dot in (fixed[0, 0] != 0).nonzero():
+            same = (moving == fixed[(0, 0, *dot)]) & (known[0] > 0)
+            found = bool(same.any()) and known[1][(0, 0, *dot)] > 0
+            to = same[0, 0].nonzero()[0].double() if found else center
+            ddf[(0, slice(None), *dot)] = to - dot
+        return ddf
+
+
 def dots(places: torch.Tensor, side: int) -> torch.Tensor:
     """Return an image `(1, 1, *[side] * D)` with the values 1, 2, ... at places around its center."""
     image = torch.zeros(1, 1, *[side] * places.shape[1], dtype=torch.float64)
@@ -195,7 +224,7 @@ def test_starts_from_turns_find_what_a_network_finds_turned_a_little(dims: int) 
     fixed, turns = dots(places, 25), rotation_group(dims, "grid")
     generator = torch.Generator().manual_seed(2)
     lost = 0
-    for _ in range(8):
+    for _ in range(4 if dims == 3 else 8):
         rotation = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))[0]
         rotation[:, 0] *= torch.linalg.det(rotation)
         moving = dots(places @ rotation.T, 37)
@@ -208,11 +237,34 @@ def test_starts_from_turns_find_what_a_network_finds_turned_a_little(dims: int) 
             errors.append((found - 18 - places @ rotation.T).norm(dim=1).max().item())
         assert errors[0] < 2.5, "dots lie on whole voxels, 0.9 from where they should"
         lost += errors[1] > 5
-    assert lost >= 3, "otherwise the starts prove nothing"
+    assert lost >= 2, "otherwise the starts prove nothing"
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_answers_follow_turns_of_the_moving_image(dims: int) -> None:
+def test_a_fixed_image_that_is_turned_is_found_the_other_way_round(dims: int) -> None:
+    places = 8 * torch.randn(9, dims, generator=torch.Generator().manual_seed(1), dtype=torch.float64).tanh()
+    axis = np.array([0.48, 0.6, 0.64]) if dims == 3 else np.array([0.0, 0.0, 1.0])
+    fit = AffineFit(UsualDots(50.0 if dims == 2 else 66.0, places), 1, rotation_group(dims, "grid")).eval()
+    one_way = copy.copy(fit)
+    one_way.enough = math.inf
+    lost = 0
+    for degrees in (110, 150, 180):
+        rotation = torch.from_numpy(Rotation.from_rotvec(np.deg2rad(degrees) * axis).as_matrix()[:dims, :dims])
+        moving, fixed, here = dots(places, 25), dots(places @ rotation.T, 37), places @ rotation.T
+        errors = []
+        for net in (fit, one_way):
+            to = net(moving, fixed) + identity_grid([37] * dims, torch.float64)
+            errors.append(
+                (to[(0, slice(None), *(here.round().long() + 18).T)].T - 12 - places).norm(dim=1).max().item()
+            )
+        assert errors[0] < 2.5
+        lost += errors[1] > 5
+    assert lost >= 2, "otherwise the other way round proves nothing"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_answers_follow_turns_of_the_moving_image(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AffineFit, "enough", math.inf)  # random networks explain nothing
     net = randomized(CARL(dims, nesting="attention", factor=2, affine_rounds=3, affine_turns="grid", **SMALL))
     net, infer = net.double(), RegistrationInferer()
     moving, fixed = (
@@ -379,7 +431,7 @@ def test_content_moved_by_half_a_voxel_is_the_same_from_everywhere(dtype: torch.
 def test_scripting_and_files(nesting: str, turns: str) -> None:
     net = randomized(CARL(2, nesting=nesting, affine_rounds=2, affine_turns=turns, **SMALL))
     moving, fixed = content(12, 14), content(14, 12, seed=1)
-    with torch.no_grad():
+    with torch.no_grad(), torch.jit.optimized_execution(False):
         torch.testing.assert_close(torch.jit.script(net)(moving, fixed), net(moving, fixed), rtol=0, atol=1e-4)
     same, plain = CARL(**net.arguments), CARL(2, nesting=nesting, **SMALL)
     same.load_state_dict(net.state_dict())

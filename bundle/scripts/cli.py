@@ -65,8 +65,8 @@ def register(
         moving: the image to be moved (NIfTI, NRRD, MetaImage, PNG, or a folder with a DICOM series).
         fixed: the image to register to.
         output: folder for the results, made if missing.
-        weights: trained for what the images show: a name, such as brain (3D MR without skull, turned by any angle; if left
-            out), hippocampus (3D MR crops) or vessels (2D retina), or the path of a file that training wrote.
+        weights: trained for what the images show: a name, such as brain (3D MR without skull, turned by any angle; if
+            left out), hippocampus (3D MR crops) or vessels (2D retina), or the path of a file that training wrote.
         device: where the network runs: cpu or cuda.
         spacing: at which the network sees the images, millimeters, one number or one for each axis (1,1,2); that of the
             weights if left out. For vessels choose it so that the retina spans about 100 voxels.
