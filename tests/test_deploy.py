@@ -56,7 +56,7 @@ import sys, torch
 from equireg.registration import Registrar
 from equireg.results import save_registration
 model, moving, fixed, out = sys.argv[1:]
-save_registration(Registrar(torch.jit.load(model).net, spacing=1.0)(moving, fixed), out)
+save_registration(Registrar(torch.jit.load(model).net, spacing=2.0)(moving, fixed), out)
 """
 
 
@@ -102,7 +102,7 @@ def test_the_application_makes_what_the_package_makes(
 def test_the_command_comes_close(pair: tuple[Path, Path], root: Path, tmp_path: Path) -> None:
     """It runs the network itself, which sums attention up in another order than an export."""
     given, reference = pair
-    words = ["--moving", given / "moving.nii.gz", "--fixed", given / "fixed.nii.gz", "--spacing", 1.0]
+    words = ["--moving", given / "moving.nii.gz", "--fixed", given / "fixed.nii.gz", "--spacing", 2.0]
     done = python(root, "-m", "equireg", "register", *words, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     for name in ("moved", "fixed_to_moving", "moving_to_fixed"):
