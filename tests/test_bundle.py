@@ -32,10 +32,12 @@ from helpers_bundle import (
     workflow,
 )
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 
 import equireg
 from equireg.inferer import RegistrationInferer
 from equireg.networks import PairNetwork
+from equireg.weights import load_network
 
 CONFIGS = Path(__file__).parents[1] / "bundle" / "configs"
 SCALARS = {"val_similarity", "val_regularity", "val_folding", "val_attention_similarity", "val_mean_dice"}
@@ -101,6 +103,20 @@ def test_training_on_the_embedded_data(dims: int, tmp_path: Path) -> None:
     assert all(np.isfinite(values).all() for values in scalars.values())
     assert len(scalars["train_loss"]) == 4
     assert all(len(scalars[name]) == 2 for name in SCALARS)
+
+
+def test_training_with_an_affine_stage(tmp_path: Path) -> None:
+    """As the network of train.json has, with GradICON, in half precision and a validation that asks from turns."""
+    stage = {"network_def#net#affine_rounds": 2, "network_def#net#affine_turns": "pi"}
+    run("training", "train", **settings(tmp_path, autocast="bfloat16", **stage))
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    before = load_network(tmp_path / "model.pt")
+    assert before.arguments["affine_turns"] == "pi" and checkpoint(tmp_path)["trainer"]["iteration"] == 2
+    tuned = {**settings(tmp_path / "tuned"), "pretrained": str(tmp_path / "model.pt"), "learning_rate": 1e-3, **stage}
+    run("training", "train", **tuned)
+    after = torch.load(tmp_path / "tuned" / "model.pt", weights_only=True)
+    moved = [name for name in state if "weight" in name and not torch.equal(state[name], after[name])]
+    assert any("encoder" in name for name in moved) and any("downs" in name for name in moved)
 
 
 def test_run_trains_and_training_after_it_trains_again(tmp_path: Path) -> None:
@@ -405,6 +421,18 @@ def check_field(folder: Path, moving: str, moved: Path, field: Path, dims: int) 
     values = nib.load(moved).get_fdata().reshape(resampled.shape)
     assert resampled.max() > 60
     assert np.abs(values - resampled).max() < 1e-4 * 120
+
+
+@pytest.mark.parametrize(("name", "spacing"), [("brain", 2.0), ("hippocampus", 1.0), ("vessels", None)])
+def test_names_of_weights_choose_network_and_spacing(name: str, spacing: float | None, tmp_path: Path) -> None:
+    for configs, key in ((["inference"], "weights"), (["train", "finetune"], "pretrained")):
+        parser = ConfigParser(ConfigParser.load_config_files(files(*configs)))
+        parser[key] = name
+        assert parser.get_parsed_content("network_def").net.arguments == load_network(name).arguments
+        assert parser.get_parsed_content("spacing") == spacing
+    if name == "brain":
+        parser = ConfigParser(ConfigParser.load_config_files(files("train", "finetune")))
+        assert parser.get_parsed_content("spacing") == spacing, "the default"
 
 
 @pytest.mark.parametrize("pairs", [2, 3], indirect=True)

@@ -217,6 +217,7 @@ def register(network: str, shape: tuple[int, ...]) -> dict[str, Any]:
             )
         files = [f"--{name}={folder}/{name}.nii.gz" for name in ("moving", "fixed")]
         command = [sys.executable, "-m", "equireg", "register", *files, f"--output={folder}/out", "--background=-1024"]
+        command.append("--weights=hippocampus")
         found = timed(lambda: subprocess.run([*command, f"--spacing={network}"], check=True, capture_output=True))
         seconds = json.loads(Path(f"{folder}/out/report.json").read_text())["seconds"]
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

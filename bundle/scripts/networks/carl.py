@@ -51,8 +51,9 @@ class CARL(nn.Module):
             do not follow.
         affine_rounds: if positive, the attention's answer gives way to the affine map that fits it best, found in so
             many rounds, see `AffineFit`. Where no map fits it answers a translation, which turns with nothing.
-        affine_turns: turns of the moving image from which the first of these rounds starts, and which the affine map
-            follows exactly: "none", "pi" or "grid", for which attention is asked 24 times more in 3D.
+        affine_turns: turns of the moving image from which the first of these rounds starts in eval mode, and which the
+            affine map then follows exactly where it explains enough: "none", "pi" or "grid", for which attention is
+            asked 24 times more in 3D.
 
     Raises:
         ValueError: if an argument is out of range.
