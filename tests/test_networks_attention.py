@@ -425,8 +425,10 @@ def test_a_plain_encoder_fails_this_test(dims: int) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("rotation_group", ["none", "pi"])
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    ("dims", "rotation_group"),
+    [(2, "none"), (2, "pi"), (3, "none"), pytest.param(3, "pi", marks=pytest.mark.slow)],
+)
 def test_crops_change_nothing(dims: int, rotation_group: str, training: bool, request: pytest.FixtureRequest) -> None:
     """Eager mode leaves background away: answers, gradients and running statistics are those of whole canvases."""
     net = randomized(CoordinateAttention(dims, 1, 8, rotation_group=rotation_group), torch.float64).train(training)

@@ -199,7 +199,7 @@ def test_a_file_that_names_no_group_is_one_without() -> None:
     assert net.arguments == CARL(**json.loads(named)).arguments
 
 
-@pytest.mark.parametrize(("nesting", "group"), [("deck", "grid"), ("left", "pi")])
+@pytest.mark.parametrize(("nesting", "group"), [pytest.param("deck", "grid", marks=pytest.mark.slow), ("left", "pi")])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_scripting_tracing_and_export(nesting: str, group: str) -> None:
     """On content elsewhere and of another size than it was recorded with, in a batch."""

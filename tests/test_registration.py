@@ -121,7 +121,7 @@ def test_an_initial_affine_starts_and_ends_in_the_answer() -> None:
     ).max() < 0.3
 
 
-@pytest.mark.parametrize("angle", [30.0, 90.0, 180.0])
+@pytest.mark.parametrize("angle", [30.0, pytest.param(90.0, marks=pytest.mark.slow), 180.0])
 def test_an_initial_affine_holds_beyond_what_the_network_sees(angle: float) -> None:
     """Content in the middle of a large empty canvas: around it, too, the field is the rotation, and nothing folds."""
     canvas = np.zeros((1, 60, 64, 40), dtype=np.float32)
