@@ -224,7 +224,7 @@ def test_starts_from_turns_find_what_a_network_finds_turned_a_little(dims: int) 
     fixed, turns = dots(places, 25), rotation_group(dims, "grid")
     generator = torch.Generator().manual_seed(2)
     lost = 0
-    for _ in range(4 if dims == 3 else 8):
+    for _ in range(8):
         rotation = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))[0]
         rotation[:, 0] *= torch.linalg.det(rotation)
         moving = dots(places @ rotation.T, 37)
@@ -237,7 +237,7 @@ def test_starts_from_turns_find_what_a_network_finds_turned_a_little(dims: int) 
             errors.append((found - 18 - places @ rotation.T).norm(dim=1).max().item())
         assert errors[0] < 2.5, "dots lie on whole voxels, 0.9 from where they should"
         lost += errors[1] > 5
-    assert lost >= 2, "otherwise the starts prove nothing"
+    assert lost >= 3, "otherwise the starts prove nothing"
 
 
 @pytest.mark.parametrize("dims", [2, 3])
