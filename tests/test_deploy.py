@@ -107,8 +107,8 @@ def test_the_command_comes_close(pair: tuple[Path, Path], root: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     for name in ("moved", "fixed_to_moving", "moving_to_fixed"):
         one, other = (nib.load(folder / f"{name}.nii.gz").get_fdata() for folder in (tmp_path / "out", reference))
-        # Millimeters that reach 18, and voxel values that reach 213 and may fall to 0 within a millimeter.
-        assert np.abs(one - other).max() < (213 * 5e-5 if name == "moved" else 5e-5)
+        # Voxel values that reach 213, and millimeters that reach 18.
+        assert np.abs(one - other).max() < (2e-3 if name == "moved" else 5e-5)
 
 
 def test_the_stock_operator_makes_the_same(model, pair: tuple[Path, Path], root: Path, tmp_path: Path) -> None:
