@@ -263,24 +263,38 @@ def test_a_fixed_image_that_is_turned_is_found_the_other_way_round(dims: int) ->
 
 
 def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found; found the other way round; lost both ways; and an empty image, for which nobody asks again."""
-    images = torch.rand(4, 1, 6, 7, generator=torch.Generator().manual_seed(0)) + 0.1
+    """Found at once; by the search; the other way round; lost both ways; and an empty image, nobody asks again."""
+    images = torch.rand(5, 1, 6, 7, generator=torch.Generator().manual_seed(0)) + 0.1
     moving, fixed = images.clone(), images.flip(2)
-    moving[3] = 0
-    there, back = (torch.cat([matrix(2, seed), matrix(2, seed + 1)]) for seed in (0, 2))
-    answers = [(there, torch.tensor([0.01, 0.08, 0.08, 2.0])), (back, torch.tensor([0.0, 0.03, 0.05, 2.0]))]
-    answers += [(there[::3], torch.tensor([0.01, 2.0]))]
+    moving[4] = 0
+    first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
+    answers = [(there, torch.tensor([0.0, 0.01, 0.08, 0.08, 2.0])), (back, torch.tensor([0.0, 0.0, 0.03, 0.05, 2.0]))]
+    monkeypatch.setattr(AffineFit, "_at_once", lambda _, m, f: (first[-len(m) :], misfits[-len(m) :]))
     monkeypatch.setattr(AffineFit, "_search", lambda *_: answers.pop(0))
+    misfits = torch.tensor([0.01, 0.05, 0.08, 0.08, 2.0])
     fit = AffineFit(Blobs(0.7), 2, rotation_group(2, "pi")).eval()
-    expected = affine_ddf(torch.stack([there[0], torch.linalg.inv(back[1]), there[2], there[3]]), [6, 7])
-    expected[3] = 0
-    assert torch.allclose(fit(moving, fixed), expected.float(), atol=1e-5) and len(answers) == 1
-    assert torch.allclose(fit(moving[::3], fixed[::3]), expected[::3].float(), atol=1e-5)  # asks once
+    expected = affine_ddf(torch.stack([first[0], there[1], torch.linalg.inv(back[2]), there[3], first[4]]), [6, 7])
+    expected[4] = 0
+    assert torch.allclose(fit(moving, fixed), expected.float(), atol=1e-5) and not answers
+    assert not fit(moving[4:], fixed[4:]).any()  # and asks no search
+
+
+def test_images_that_lie_alike_are_asked_about_once_a_round() -> None:
+    """The turns cost nothing where they are not needed, and change nothing."""
+    moving, fixed = blob((31, 40), (14, 20), (3, 5)), blob((31, 40), (16, 17), (4, 4))
+    asked: list[torch.Size] = []
+    net = Blobs(0.7)
+    net.register_forward_hook(lambda _, images, __: asked.append(images[0].shape))
+    answers = [
+        AffineFit(net, 3, turns).eval()(moving, fixed)
+        for turns in (rotation_group(2, "none"), rotation_group(2, "grid"))
+    ]
+    assert torch.equal(*answers) and len(asked) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_answers_follow_turns_of_the_moving_image(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AffineFit, "enough", math.inf)  # random networks explain nothing
+    monkeypatch.setattr(AffineFit, "enough", 0.0)  # nothing is found at once
     net = randomized(CARL(dims, nesting="attention", factor=2, affine_rounds=3, affine_turns="grid", **SMALL))
     net, infer = net.double(), RegistrationInferer()
     moving, fixed = (

@@ -18,11 +18,12 @@ from torch import nn
 from torch.nn import functional
 
 from .fields import full_precision, jacobian_determinant, resize, warp
-from .losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss, gaussian_blur
+from .losses import DiffusionLoss, GradICONLoss, LocalCorrelationLoss
 from .mind import MINDSSCLoss, check_weight
 from .networks.active import affine_slopes, continue_along, is_count
 from .networks.combinators import both
 from .progress import progress as progress_bar
+from .windows import gaussian_blur
 
 __all__ = ["FieldOptimization", "NetworkOptimization"]
 

@@ -4,7 +4,17 @@ from .affine import AffineFit
 from .attention import CoordinateAttention
 from .carl import CARL
 from .combinators import Downsample, TwoStep
+from .flow import LucasKanade
 from .pair import PairNetwork
 from .refinement import DisplacementUNet
 
-__all__ = ["AffineFit", "CARL", "CoordinateAttention", "DisplacementUNet", "Downsample", "PairNetwork", "TwoStep"]
+__all__ = [
+    "AffineFit",
+    "CARL",
+    "CoordinateAttention",
+    "DisplacementUNet",
+    "Downsample",
+    "LucasKanade",
+    "PairNetwork",
+    "TwoStep",
+]

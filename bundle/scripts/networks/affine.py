@@ -182,12 +182,14 @@ class AffineFit(nn.Module):
     the average. In further rounds the moving image is moved onto the fixed grid by the map so far and the network asked
     again; then the two directions are no longer inverse to each other.
 
-    With `turns` the first round is asked once for each, of the moving image turned so. The four answers that an affine
-    map explains best get a second round, and the best of these goes on: a network that finds images turned by up to
-    some 60 degrees, as far as any rotation is from one of the 24 of the grid, then finds them turned by any angle, if
-    it knows images turned like the fixed one. When the moving image is turned by a member of a group of turns the
-    answer turns with it. Where that explains too little (`enough`) it may be the fixed image that is turned: then all
-    is done once more with the two in each other's place, and where that explains enough its inverse is the answer.
+    With `turns`, and where the first round of the moving image as it is, or the last, explains too little (`enough`),
+    the first round is asked once for each turn, of the moving image turned so. The four answers that an affine map
+    explains best get a second round, and the best of these goes on: a network that finds images turned by up to some 60
+    degrees, as far as any rotation is from one of the 24 of the grid, then finds them turned by any angle, if it knows
+    images turned like the fixed one. When the moving image is turned by a member of a group of turns the answer turns
+    with it: exactly between two images that get this search, and where one is found at once as far as the rounds
+    converge. Where the search explains too little as well it may be the fixed image that is turned: then all is done
+    once more with the two in each other's place, and where that explains enough its inverse is the answer.
 
     In training there is one round, of the moving image as it is: further rounds and turns are a search, in which no
     gradient chooses, and take many times longer.
@@ -240,20 +242,36 @@ class AffineFit(nn.Module):
         if self.training:
             matrix = self._fit([moving], fixed)[0][0]
         else:
-            matrix, misfit = self._search(moving, fixed)
+            matrix, misfit = self._at_once(moving, fixed)
             lost = (misfit > self.enough) & has_content(moving) & has_content(fixed)
             if len(self.turns) > 1 and _any_or_traced(lost):
-                back, other = self._search(fixed, moving)
-                # Where neither finds anything each direction keeps its own answer: the two contradict each other.
-                found = lost & (other <= self.enough)
-                matrix = torch.where(found[:, None, None], torch.linalg.inv_ex(back)[0], matrix)
+                turned, misfit = self._search(moving, fixed)
+                matrix = torch.where(lost[:, None, None], turned, matrix)
+                lost = lost & (misfit > self.enough)
+                if _any_or_traced(lost):
+                    back, other = self._search(fixed, moving)
+                    # Where neither finds anything each direction keeps its own answer: the two contradict each other.
+                    found = lost & (other <= self.enough)
+                    matrix = torch.where(found[:, None, None], torch.linalg.inv_ex(back)[0], matrix)
         ddf = affine_ddf(matrix, list(fixed.shape[2:]))
         return keep_if_content(ddf.to(full_precision(fixed[:0]).dtype), moving, fixed)
 
+    def _at_once(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the worst misfit, `(B,)`."""
+        maps, misfits = self._fit([moving], fixed)
+        matrix, misfit = self._go_on(maps, misfits, moving, fixed)
+        return matrix, torch.maximum(misfit, misfits[0])
+
     def _search(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the map of all rounds, `(B, D + 1, D + 1)`, float64, and its misfit `(B,)`."""
-        shape = list(fixed.shape[2:])
+        """Return the map of all rounds from the best turn, `(B, D + 1, D + 1)`, float64, and its misfit `(B,)`."""
         maps, misfits = self._starts(moving, fixed)
+        return self._go_on(maps, misfits, moving, fixed)
+
+    def _go_on(
+        self, maps: torch.Tensor, misfits: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return what further rounds make of the first one's maps, `(B, D + 1, D + 1)`, float64, and its misfit."""
+        shape = list(fixed.shape[2:])
         for k in range(1, self.rounds):
             maps, misfits = _best(maps, misfits, self.candidates if k == 1 else 1)
             so_far = maps.unbind()
@@ -263,9 +281,7 @@ class AffineFit(nn.Module):
         return maps[0], misfits[0]
 
     def _starts(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the maps of the first round, `(N, B, D + 1, D + 1)`, float64, and their misfits `(N, B)`."""
-        if len(self.turns) == 0:
-            return self._fit([moving], fixed)
+        """Return the maps of a first round for each turn, `(N, B, D + 1, D + 1)`, float64, and misfits `(N, B)`."""
         maps, misfits = self._fit([turn(moving, perm, signs) for perm, signs in self.turns], fixed)
         shape = list(moving.shape[2:])
         back = [_turned_back(shape, perm, signs, maps).unsqueeze(0) for perm, signs in self.turns]

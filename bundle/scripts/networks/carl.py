@@ -1,15 +1,17 @@
-"""The assembled network: coordinate attention at low resolution, refined by displacement U-Nets."""
+"""The assembled network: coordinate attention at low resolution, refined by displacement U-Nets and optical flow."""
 
 import json
-from typing import Any, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
+from ..fields import compose, warp
 from .active import check_pair, is_count
 from .affine import AffineFit
 from .attention import CoordinateAttention
 from .combinators import Downsample, TwoStep, both, first_step
+from .flow import LucasKanade
 from .refinement import DisplacementUNet
 from .rotation import rotation_group as turns_of
 
@@ -53,7 +55,10 @@ class CARL(nn.Module):
             many rounds, see `AffineFit`. Where no map fits it answers a translation, which turns with nothing.
         affine_turns: turns of the moving image from which the first of these rounds starts in eval mode, and which the
             affine map then follows exactly where it explains enough: "none", "pi" or "grid", for which attention is
-            asked 24 times more in 3D.
+            asked 24 times more in 3D, unless the image as it is explains enough.
+        flow_rounds: rounds of optical flow after all that, see `LucasKanade`, for images halved once less by each
+            entry: `(4, 4, 6)` is 4 at a quarter of the resolution, 4 at half and 6 at the full one. In training there
+            is none: it has no weights, and what comes before it is to come as near as it can.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -80,6 +85,7 @@ class CARL(nn.Module):
         rotation_group: str = "none",
         affine_rounds: int = 0,
         affine_turns: str = "none",
+        flow_rounds: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if nesting not in NESTINGS:
@@ -94,6 +100,8 @@ class CARL(nn.Module):
             raise ValueError(f"affine_rounds must be at least 0, and 0 for nesting 'left', got {affine_rounds!r}.")
         if affine_turns != "none" and affine_rounds == 0:
             raise ValueError(f"affine_turns '{affine_turns}' needs affine_rounds of at least 1, got 0.")
+        if not isinstance(flow_rounds, Sequence) or not all(is_count(rounds, 1) for rounds in flow_rounds):
+            raise ValueError(f"flow_rounds must be integers of at least 1, got {flow_rounds!r}.")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
 
@@ -120,6 +128,12 @@ class CARL(nn.Module):
         for _ in range(extra_refinements):
             steps = TwoStep(steps, refinement())
         self.steps = steps
+        self.flow: Optional[nn.Module] = None
+        for level, rounds in enumerate(flow_rounds):
+            halved = 2 ** (len(flow_rounds) - 1 - level)
+            flow: nn.Module = LucasKanade(spatial_dims, in_channels, rounds)
+            flow = Downsample(flow, halved) if halved > 1 else flow
+            self.flow = flow if self.flow is None else TwoStep(self.flow, flow)
         self._arguments: dict[str, Any] = {
             "spatial_dims": spatial_dims,
             "in_channels": in_channels,
@@ -137,6 +151,8 @@ class CARL(nn.Module):
             self._arguments["affine_rounds"] = affine_rounds
         if affine_turns != "none":
             self._arguments["affine_turns"] = affine_turns
+        if flow_rounds:
+            self._arguments["flow_rounds"] = list(flow_rounds)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Register a pair of images.
@@ -152,7 +168,10 @@ class CARL(nn.Module):
             ValueError: if the images do not fit the network or each other.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        return self.steps(moving, fixed)
+        ddf = self.steps(moving, fixed)
+        if self.flow is not None and not self.training:
+            ddf = compose(ddf, self.flow(warp(moving, ddf, mode="linear", padding="zeros"), fixed))
+        return ddf
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -166,7 +185,8 @@ class CARL(nn.Module):
             The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        return both(self.steps, moving, fixed)
+        whole = self.steps if self.flow is None or self.training else TwoStep(self.steps, self.flow)
+        return both(whole, moving, fixed)
 
     @torch.jit.unused
     def attention_stage(self) -> nn.Module:
@@ -192,7 +212,7 @@ class CARL(nn.Module):
             ValueError: naming the arguments that differ.
         """
         theirs = arguments_from_state(state)
-        unused = {"rotation_group": "none", "affine_rounds": 0, "affine_turns": "none"}
+        unused = {"rotation_group": "none", "affine_rounds": 0, "affine_turns": "none", "flow_rounds": []}
         theirs = {name: value for name, value in theirs.items() if name not in unused or value != unused[name]}
         differing = [
             f"{name} {theirs.get(name)} instead of {self._arguments.get(name)}"
