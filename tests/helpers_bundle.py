@@ -21,9 +21,11 @@ from equireg.networks import CARL, PairNetwork
 TINY_NETWORK = {
     "network_def#net#feature_channels": 8,
     "network_def#net#factor": 4,
+    "network_def#net#nesting": "deck",
     "network_def#net#refinement_channels": [4, 8],
     "network_def#net#affine_rounds": 0,
     "network_def#net#affine_turns": "none",
+    "network_def#net#flow_rounds": [],
 }
 TINY_2D = {"spatial_dims": 2, **TINY_NETWORK}
 TINY_TRAINING = {"epochs": 1, "iterations": 2, "val_pairs": 2, "progress": False, "tensorboard": False, **TINY_NETWORK}

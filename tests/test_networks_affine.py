@@ -133,12 +133,15 @@ def test_rounds_go_on_where_the_network_stops_short() -> None:
     assert misses[0] > 0.1 and misses[0] > 2 * misses[1] > 4 * misses[2] and misses[2] < 0.05
 
 
-def test_training_asks_once_and_of_the_image_as_it_is() -> None:
+def test_training_takes_the_answer_of_the_network() -> None:
     fixed, moving = blob((40, 44), (20, 22), (4, 4)), blob((50, 40), (27, 17), (6, 3))
-    whole, plain = AffineFit(Blobs(0.7), 4, rotation_group(2, "grid")), AffineFit(Blobs(0.7), 1)
-    first = plain.eval()(moving, fixed)
-    assert torch.equal(whole.train()(moving, fixed), first)
-    assert (whole.eval()(moving, fixed) - first).abs().max() > 0.1
+    net = Blobs(0.7)
+    whole = AffineFit(net, 4, rotation_group(2, "grid")).train()
+    assert torch.equal(whole(moving, fixed), net(moving, fixed))
+    assert all(torch.equal(a, b) for a, b in zip(whole.both(moving, fixed), (net(moving, fixed), net(fixed, moving))))
+    assert (whole.eval()(moving, fixed) - net(moving, fixed)).abs().max() > 0.1
+    there, back = whole.both(moving, fixed)
+    assert torch.equal(there, whole(moving, fixed)) and torch.equal(back, whole(fixed, moving))
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 from helpers_bundle import TINY_TRAINING, blob, inside_bundle, run, save_image
-from helpers_networks import randomized
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
-from equireg.networks import DisplacementUNet, PairNetwork
-from equireg.weights import load_network, read_state
+from equireg.weights import load_network
 
 pytestmark = pytest.mark.filterwarnings("ignore:(?s).*parsing config_file")
 SMALL = {**TINY_TRAINING, "val_pairs": 1, "iterations": 1}
@@ -122,19 +120,14 @@ def test_correspondence_is_least_where_partners_look_alike(brain_attention: Modu
     assert right < indifferent < wrong and indifferent.item() == pytest.approx(np.log(27), rel=1e-5)
 
 
-def test_the_brain_is_put_together_of_its_stages(brain_attention: ModuleType, label_maps: Path, tmp_path: Path) -> None:
-    brain_network = importlib.import_module("brain_network")
-    attention, unet, whole = (str(tmp_path / f"{name}.pt") for name in ("attention", "unet", "whole"))
-    brain_attention.main(str(label_maps), attention, steps=1, pairs=1)
-    before = load_network(attention).attention_stage().state_dict()
-    brain_attention.main(str(label_maps), attention, steps=2, pairs=1)
-    torch.save(randomized(PairNetwork(DisplacementUNet(3, 1, (16, 32, 64, 96, 96)))).state_dict(), unet)
-    brain_network.main(attention, unet, whole)
-    trained, made = load_network(attention).attention_stage().state_dict(), load_network(whole)
-    first = made.attention_stage().state_dict()
-    assert all(torch.equal(first[name], trained[name]) for name in trained)
-    assert any(not torch.equal(before[name], trained[name]) for name in before if "conv.weight" in name)
-    for refinement in (made.steps.first.second, made.steps.second):
-        assert all(torch.equal(value, read_state(unet)[name]) for name, value in refinement.state_dict().items())
-    with pytest.raises(RuntimeError, match="Missing key"):
-        brain_network.main(attention, attention, whole)
+def test_attention_is_trained_and_the_weights_are_those_of_the_whole_network(
+    brain_attention: ModuleType, label_maps: Path, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "model.pt")
+    states = []
+    for steps in (1, 2):
+        brain_attention.main(str(label_maps), output, steps=steps, pairs=1)
+        network = load_network(output)
+        assert network.arguments == load_network("brain").arguments
+        states.append(network.state_dict())
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0] if "conv.weight" in name)

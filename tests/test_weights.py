@@ -203,7 +203,7 @@ def test_shipped_weights_register(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "file"), [("train", "model.pt"), ("hippocampus", "hippocampus.pt"), ("vessels", "vessels.pt")]
+    ("config", "file"), [("train", "model.pt"), ("deck", "hippocampus.pt"), ("vessels", "vessels.pt")]
 )
 def test_shipped_weights_fit_the_configs(config: str, file: str) -> None:
     """Hosts load `models/model.pt` into the network of train.json; recipes make the weights called like them."""

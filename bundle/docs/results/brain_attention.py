@@ -1,6 +1,6 @@
-"""Teach the attention of `brain` which points correspond, before anything is registered.
+"""Train `brain`: teach its attention which points correspond. The rest of the network has no weights.
 
-    python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/attention.pt --steps 3000
+    python bundle/docs/results/brain_attention.py brain_synthseg_labels_2mm output/brain/model.pt --steps 3000
 
 Each step deforms and paints one label map twice, as `brain.json` does but turned further and at 4 mm, so that the true
 partner of every voxel is known. Features of the pooled images are compared as attention compares them, and the
@@ -17,17 +17,32 @@ from pathlib import Path
 import fire
 import numpy as np
 import torch
-from brain_network import brain_network
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from torch.nn import functional as F
 
+from equireg.networks import CARL
 from equireg.progress import progress
 from equireg.weights import save_atomically
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 POOL = 2  # images are learned from at 4 mm
 SIGMA = 0.6  # how far from its true partner a voxel may look, standard deviation, pooled voxels
+
+
+def brain_network() -> CARL:
+    """Return the network of `brain`, untrained."""
+    return CARL(
+        3,
+        feature_channels=64,
+        factor=6,
+        nesting="attention",
+        refinement_channels=(16, 32, 64, 96, 96),
+        padding=1,
+        affine_rounds=5,
+        affine_turns="grid",
+        flow_rounds=(4, 4, 6),
+    )
 
 
 def _parser(dataset_dir: str, turn: float, seed: int) -> ConfigParser:
@@ -107,7 +122,7 @@ def main(
     turn: float = 0.5,
     seed: int = 1,
 ) -> None:
-    """Train, and write the weights of a network that has attention and the affine stage alone.
+    """Train, and write the weights.
 
     Args:
         dataset_dir: folder of label maps.
@@ -121,7 +136,7 @@ def main(
     set_determinism(seed)
     sys.path.insert(0, str(CONFIGS.parent))  # where the configurations find `scripts`
     parser = _parser(dataset_dir, turn, seed)
-    network = brain_network("attention")
+    network = brain_network()
     pool = network.attention_stage().net
     learned = pool.factor // POOL  # voxels of a block in the images that are learned from
     optimizer = torch.optim.Adam(pool.parameters(), lr=learning_rate)

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 stage() { # name, then overrides
     local name=$1
     shift
-    python -m monai.bundle run training --config_file "['configs/train.json','configs/hippocampus.json']" --dataset_dir "$dataset" \
+    python -m monai.bundle run training --config_file "['configs/train.json','configs/deck.json']" --dataset_dir "$dataset" \
         --output_dir "$output/$name" --val_pairs 16 --val_interval 4 "$@"
 }
 

@@ -11,7 +11,7 @@ flips="[{'_target_':'RandAxisFlipd','keys':['moving','fixed','moving_label','fix
 stage() { # name, weights to start from, then overrides
     local name=$1 start=$2
     shift 2
-    python -m monai.bundle run training --config_file "['configs/train.json','configs/hippocampus.json','configs/labels.json']" \
+    python -m monai.bundle run training --config_file "['configs/train.json','configs/deck.json','configs/labels.json']" \
         --dataset_dir "$dataset" --output_dir "$output/$name" --num_labels 2 --autocast bfloat16 --iterations 100 \
         --val_pairs 16 --pretrained "$start" "$@"
 }

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..fields import full_precision, identity_grid, warp
 from .active import content_box, has_content, is_count, keep_if_content
-from .combinators import Downsample, both_of_each
+from .combinators import Downsample, both, both_of_each
 from .rotation import turn, turn_matrix
 
 __all__ = ["AffineFit", "affine_ddf", "fit_affine", "halfway", "unexplained"]
@@ -191,8 +191,8 @@ class AffineFit(nn.Module):
     converge. Where the search explains too little as well it may be the fixed image that is turned: then all is done
     once more with the two in each other's place, and where that explains enough its inverse is the answer.
 
-    In training there is one round, of the moving image as it is: further rounds and turns are a search, in which no
-    gradient chooses, and take many times longer.
+    In training the answer is the network's own: every voxel of it gets its gradient, and turns and rounds are a search,
+    in which no gradient chooses.
 
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
@@ -237,24 +237,31 @@ class AffineFit(nn.Module):
             fixed: `(B, C, *fixed shape)`, background 0.
 
         Returns:
-            ddf `(B, D, *fixed shape)`, voxels, of an affine map; zero for a sample of which either image is empty.
+            ddf `(B, D, *fixed shape)`, voxels, of an affine map, in training the network's; zero for a sample of which
+            either image is empty.
         """
         if self.training:
-            matrix = self._fit([moving], fixed)[0][0]
-        else:
-            matrix, misfit = self._at_once(moving, fixed)
-            lost = (misfit > self.enough) & has_content(moving) & has_content(fixed)
-            if len(self.turns) > 1 and _any_or_traced(lost):
-                turned, misfit = self._search(moving, fixed)
-                matrix = torch.where(lost[:, None, None], turned, matrix)
-                lost = lost & (misfit > self.enough)
-                if _any_or_traced(lost):
-                    back, other = self._search(fixed, moving)
-                    # Where neither finds anything each direction keeps its own answer: the two contradict each other.
-                    found = lost & (other <= self.enough)
-                    matrix = torch.where(found[:, None, None], torch.linalg.inv_ex(back)[0], matrix)
+            return self.net(moving, fixed)
+        matrix, misfit = self._at_once(moving, fixed)
+        lost = (misfit > self.enough) & has_content(moving) & has_content(fixed)
+        if len(self.turns) > 1 and _any_or_traced(lost):
+            turned, misfit = self._search(moving, fixed)
+            matrix = torch.where(lost[:, None, None], turned, matrix)
+            lost = lost & (misfit > self.enough)
+            if _any_or_traced(lost):
+                back, other = self._search(fixed, moving)
+                # Where neither finds anything each direction keeps its own answer: the two contradict each other.
+                found = lost & (other <= self.enough)
+                matrix = torch.where(found[:, None, None], torch.linalg.inv_ex(back)[0], matrix)
         ddf = affine_ddf(matrix, list(fixed.shape[2:]))
         return keep_if_content(ddf.to(full_precision(fixed[:0]).dtype), moving, fixed)
+
+    @torch.jit.unused
+    def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Register in both directions; arguments and results as for the function `both`."""
+        if self.training:
+            return both(self.net, moving, fixed)
+        return self(moving, fixed), self(fixed, moving)
 
     def _at_once(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the worst misfit, `(B,)`."""

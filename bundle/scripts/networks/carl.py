@@ -52,7 +52,8 @@ class CARL(nn.Module):
             "none", "pi" or "grid". The fixed content must be thicker than `factor` voxels along every axis. The U-Nets
             do not follow.
         affine_rounds: if positive, the attention's answer gives way to the affine map that fits it best, found in so
-            many rounds, see `AffineFit`. Where no map fits it answers a translation, which turns with nothing.
+            many rounds, see `AffineFit`, but for training. Where no map fits it answers a translation, which turns with
+            nothing.
         affine_turns: turns of the moving image from which the first of these rounds starts in eval mode, and which the
             affine map then follows exactly where it explains enough: "none", "pi" or "grid", for which attention is
             asked 24 times more in 3D, unless the image as it is explains enough.
@@ -128,12 +129,13 @@ class CARL(nn.Module):
         for _ in range(extra_refinements):
             steps = TwoStep(steps, refinement())
         self.steps = steps
-        self.flow: Optional[nn.Module] = None
+        flow: Optional[nn.Module] = None
         for level, rounds in enumerate(flow_rounds):
             halved = 2 ** (len(flow_rounds) - 1 - level)
-            flow: nn.Module = LucasKanade(spatial_dims, in_channels, rounds)
-            flow = Downsample(flow, halved) if halved > 1 else flow
-            self.flow = flow if self.flow is None else TwoStep(self.flow, flow)
+            step: nn.Module = LucasKanade(spatial_dims, in_channels, rounds)
+            step = Downsample(step, halved) if halved > 1 else step
+            flow = step if flow is None else TwoStep(flow, step)
+        self.flow = flow
         self._arguments: dict[str, Any] = {
             "spatial_dims": spatial_dims,
             "in_channels": in_channels,
@@ -175,7 +177,7 @@ class CARL(nn.Module):
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Register in both directions, encoding each image once, unless there are affine rounds.
+        """Register in both directions, encoding each image once, but for the affine rounds of eval mode.
 
         Args:
             moving: `(B, C, *moving shape)`.
@@ -205,19 +207,23 @@ class CARL(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Refuse the state dict of another network, also where the shapes of all parameters agree.
 
+        Optical flow has no weights, so that a network may end with more or less of it than the one that was trained.
+
         Args:
             state: `(N,)`, bytes, what `get_extra_state` returned.
 
         Raises:
             ValueError: naming the arguments that differ.
         """
-        theirs = arguments_from_state(state)
-        unused = {"rotation_group": "none", "affine_rounds": 0, "affine_turns": "none", "flow_rounds": []}
-        theirs = {name: value for name, value in theirs.items() if name not in unused or value != unused[name]}
+        unused = {"rotation_group": "none", "affine_rounds": 0, "affine_turns": "none"}
+        theirs, mine = (
+            {name: value for name, value in each.items() if name != "flow_rounds" and value != unused.get(name)}
+            for each in (arguments_from_state(state), self._arguments)
+        )
         differing = [
-            f"{name} {theirs.get(name)} instead of {self._arguments.get(name)}"
-            for name in sorted(set(theirs) | set(self._arguments))
-            if theirs.get(name) != self._arguments.get(name)
+            f"{name} {theirs.get(name)} instead of {mine.get(name)}"
+            for name in sorted(set(theirs) | set(mine))
+            if theirs.get(name) != mine.get(name)
         ]
         if differing:
             raise ValueError(f"the weights belong to another network: {', '.join(differing)}.")
