@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from helpers_networks import SMALL, content, place, randomized
 
 from equireg.fields import compose, identity_grid, jacobian_determinant, warp
+from equireg.metrics import folding_fraction
 from equireg.networks import CARL, LucasKanade, TwoStep
+from equireg.networks.affine import affine_ddf
 from equireg.networks.carl import NESTINGS, arguments_from_state
 from equireg.networks.rotation import turn, turn_matrix
 from equireg.windows import gaussian_blur
@@ -225,14 +228,36 @@ def test_flow_is_the_last_step_of_a_network_and_rests_in_training(nesting: str) 
     plain.load_state_dict({**net.state_dict(), "_extra_state": plain.get_extra_state()})
     moving, fixed = content(21, 18, dtype=torch.float64), content(19, 22, seed=1, dtype=torch.float64)
     before, after = plain(moving, fixed), net(moving, fixed)
-    refined = compose(before, net.flow(warp(moving, before, padding="zeros"), fixed))
-    assert torch.equal(after, refined) and not torch.allclose(after, before, atol=0.1)
+    flow = net.flow(warp(moving, before, padding="zeros"), fixed)
+    at = flow + identity_grid([19, 22], torch.float64)
+    inside = ((at >= 0) & (at <= torch.tensor([18.0, 21.0]).reshape(1, 2, 1, 1))).all(dim=1, keepdim=True).expand_as(at)
+    assert 0.5 < inside.double().mean() < 1 and torch.allclose(after[inside], compose(before, flow)[inside])
+    assert not torch.allclose(after, before, atol=0.1)
     there, back = net.both(moving, fixed)
     assert torch.allclose(there, after) and torch.allclose(back, net(fixed, moving))
     assert torch.equal(net.train()(moving, fixed), plain.train()(moving, fixed))
     assert all(torch.allclose(a, b) for a, b in zip(net.both(moving, fixed), plain.both(moving, fixed)))
     scripted = torch.jit.script(net.eval())
     assert torch.allclose(scripted(moving, fixed), net(moving, fixed))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_turned_images_do_not_fold_at_the_border(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flow looks beyond the grid, a turn by 150 degrees goes on."""
+    shape = [30] * dims
+    grid = identity_grid(shape, torch.float64)
+    c, s = math.cos(math.radians(150)), math.sin(math.radians(150))
+    matrix, half = torch.eye(dims + 1, dtype=torch.float64), torch.tensor([(n - 1) / 2 for n in shape]).double()
+    matrix[:2, :2] = torch.tensor([[c, -s], [s, c]])
+    matrix[:dims, dims] = half - matrix[:dims, :dims] @ half
+    turned = affine_ddf(matrix[None], shape)
+    moving, fixed = texture(grid + affine_ddf(torch.linalg.inv(matrix)[None], shape)), texture(grid + 0.8)
+    net = CARL(dims, flow_rounds=(4, 4), **SMALL).eval()
+    monkeypatch.setattr(net.steps, "forward", lambda *_: turned)
+    ddf = net(moving, fixed)
+    assert (ddf - turned).abs().mean() > 0.1
+    beyond = compose(turned, net.flow(warp(moving, turned, padding="zeros"), fixed))
+    assert folding_fraction(ddf) == 0 < folding_fraction(beyond)
 
 
 def test_flow_goes_from_coarse_to_fine() -> None:

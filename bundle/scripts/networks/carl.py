@@ -6,8 +6,8 @@ from typing import Any, Optional, Sequence, Tuple
 import torch
 from torch import nn
 
-from ..fields import compose, warp
-from .active import check_pair, is_count
+from ..fields import warp
+from .active import check_pair, content_box, is_count, keep_if_content, place_affinely
 from .affine import AffineFit
 from .attention import CoordinateAttention
 from .combinators import Downsample, TwoStep, both, first_step
@@ -70,7 +70,9 @@ class CARL(nn.Module):
         torch.Size([1, 2, 15, 20])
     """
 
+    __constants__ = ["margin"]
     __jit_unused_properties__ = ["arguments"]
+    margin = 8  # voxels around the grid to which a ddf is continued for the flow
 
     def __init__(
         self,
@@ -170,10 +172,18 @@ class CARL(nn.Module):
             ValueError: if the images do not fit the network or each other.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        ddf = self.steps(moving, fixed)
-        if self.flow is not None and not self.training:
-            ddf = compose(ddf, self.flow(warp(moving, ddf, mode="linear", padding="zeros"), fixed))
-        return ddf
+        return self._finished(self.steps(moving, fixed), moving, fixed)
+
+    def _finished(self, ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        """Return the ddf of the learned steps refined by optical flow."""
+        if self.flow is None or self.training:
+            return ddf
+        else:  # TorchScript compiles this branch only where there is a flow
+            flow = self.flow(warp(moving, ddf, mode="linear", padding="zeros"), fixed)
+            # Flow looks beyond the border of the grid. A turn that ended there would fold.
+            start = torch.full_like(content_box(fixed)[0], self.margin)
+            wide = place_affinely(ddf, start, [size + 2 * self.margin for size in ddf.shape[2:]])
+            return keep_if_content(flow + warp(wide, flow + self.margin), moving, fixed)
 
     @torch.jit.unused
     def both(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -187,8 +197,8 @@ class CARL(nn.Module):
             The ddfs of `self(moving, fixed)` and of `self(fixed, moving)`.
         """
         check_pair(moving, fixed, self.spatial_dims, self.in_channels)
-        whole = self.steps if self.flow is None or self.training else TwoStep(self.steps, self.flow)
-        return both(whole, moving, fixed)
+        there, back = both(self.steps, moving, fixed)
+        return self._finished(there, moving, fixed), self._finished(back, fixed, moving)
 
     @torch.jit.unused
     def attention_stage(self) -> nn.Module:
