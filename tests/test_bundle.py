@@ -106,7 +106,7 @@ def test_training_on_the_embedded_data(dims: int, tmp_path: Path) -> None:
 
 
 def test_training_with_an_affine_stage(tmp_path: Path) -> None:
-    """As the network of train.json has, with GradICON, in half precision and a validation that asks from turns."""
+    """With U-Nets and GradICON, in half precision and a validation that asks from turns."""
     stage = {"network_def#net#affine_rounds": 2, "network_def#net#affine_turns": "pi"}
     run("training", "train", **settings(tmp_path, autocast="bfloat16", **stage))
     state = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -117,6 +117,30 @@ def test_training_with_an_affine_stage(tmp_path: Path) -> None:
     after = torch.load(tmp_path / "tuned" / "model.pt", weights_only=True)
     moved = [name for name in state if "weight" in name and not torch.equal(state[name], after[name])]
     assert any("encoder" in name for name in moved) and any("downs" in name for name in moved)
+
+
+def test_the_network_of_the_default_weights_is_trained(tmp_path: Path) -> None:
+    """Attention alone has weights: it is what is trained, and cannot be left out."""
+    stage = {"network_def#net#nesting": "attention", "network_def#net#affine_rounds": 2, "flow_rounds": [1, 2]}
+    stage["network_def#net#flow_rounds"] = "@flow_rounds"
+    run("training", "train", **{**settings(tmp_path), **stage})
+    trained = load_network(tmp_path / "model.pt")
+    assert trained.arguments["flow_rounds"] == [1, 2] and trained.arguments["nesting"] == "attention"
+    with pytest.raises(RuntimeError) as raised:
+        run("training", "train", **{**settings(tmp_path / "frozen"), **stage, "train_attention": False})
+    assert "nothing is left to train" in str(raised.value.__cause__ or raised.value)
+
+
+def test_evaluation_wants_the_flow_of_the_weights(tmp_path: Path) -> None:
+    weights = random_weights(tmp_path / "model.pt", 3)
+    with pytest.raises(RuntimeError) as raised:
+        run(
+            "evaluating",
+            "train",
+            "evaluate",
+            **{**settings(tmp_path, 3, weights=str(weights)), "network_def#net#flow_rounds": [1]},
+        )
+    assert "network with flow_rounds [], the network has [1]" in str(raised.value.__cause__ or raised.value)
 
 
 def test_run_trains_and_training_after_it_trains_again(tmp_path: Path) -> None:

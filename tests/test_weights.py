@@ -212,7 +212,7 @@ def test_shipped_weights_fit_the_configs(config: str, file: str) -> None:
     content = json.loads((CONFIGS / f"{config}.json").read_text())
     definition = content.get("network_def#net") or content["network_def"]["net"]
     arguments = {key: value for key, value in definition.items() if key != "_target_"}
-    arguments["spatial_dims"] = content.get("spatial_dims", 3)
+    arguments.update(spatial_dims=content.get("spatial_dims", 3), flow_rounds=content["flow_rounds"])
     network = PairNetwork(CARL(**arguments))
     network.load_state_dict(state)
     assert json.loads(bytes(state["net._extra_state"].tolist())) == network.net.arguments

@@ -310,8 +310,9 @@ class NetworkOptimization:
     """Improve a ddf by training a copy of the network on the pair: the CARL paper's instance optimization.
 
     All weights of the copy are trained with Adam, in eval mode, so that the statistics of batch normalization stay as
-    they are. The loss is that of training: the similarities of both directions plus `consistency_weight` times
-    `GradICONLoss`, at the same points in every step. The network given is left as it was.
+    they are, through affine rounds and optical flow where the network has them, which takes much time and memory:
+    `FieldOptimization` suits such networks better. The loss is the similarities of both directions plus
+    `consistency_weight` times `GradICONLoss`, at the same points in every step. The network given is left as it was.
 
     Reference: Greer et al., "CARL: A Framework for Equivariant Image Registration", CVPR 2025,
     https://arxiv.org/abs/2405.16738.

@@ -135,20 +135,31 @@ def load_network(name_or_path: str | Path, device: str | torch.device = "cpu") -
     return network.to(device).eval()
 
 
-def load_into(network: nn.Module, name_or_path: str | Path) -> None:
+def load_into(network: nn.Module, name_or_path: str | Path, same_flow: bool = False) -> None:
     """Load weights into a network that is already built, all of them or none.
 
     Args:
         network: a registration network, or a `PairNetwork` around one.
         name_or_path: name of shipped weights, or the path of a flat state dict or of a checkpoint that holds one under
             "model", from any device.
+        same_flow: whether the network must end with as much optical flow as the one whose weights they are: where it is
+            to answer as that one does, and not to be trained on.
 
     Raises:
         FileNotFoundError: if the name is no shipped one and no file has that path.
         ValueError: if the file holds no weights, or those of another network.
     """
     path = _weights_file(name_or_path)
-    _fill(network.net if isinstance(network, PairNetwork) else network, read_state(path), path)
+    state = read_state(path)
+    network = network.net if isinstance(network, PairNetwork) else network
+    if same_flow and isinstance(network, CARL) and _ARGUMENTS_KEY in state:
+        theirs, mine = (
+            list(arguments.get("flow_rounds", []))
+            for arguments in (arguments_from_state(state[_ARGUMENTS_KEY]), network.arguments)
+        )
+        if theirs != mine:
+            raise ValueError(f"{path} belongs to a network with flow_rounds {theirs}, the network has {mine}.")
+    _fill(network, state, path)
 
 
 def _weights_file(name_or_path: str | Path) -> Path:

@@ -14,10 +14,11 @@ def _blur_matrix(size: int, sigma: float, like: torch.Tensor) -> torch.Tensor:
     total = 0.0
     for tap in range(-radius, radius + 1):
         total += math.exp(-0.5 * (tap / sigma) ** 2)
-    index = torch.arange(size, dtype=like.dtype, device=like.device)
+    # Half precision cannot count beyond 256.
+    index = torch.arange(size, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     distance = (index.unsqueeze(1) - index).abs()
     weights = torch.exp(-0.5 * (distance / sigma) ** 2) / total
-    return torch.where(distance <= radius, weights, torch.zeros_like(weights))
+    return torch.where(distance <= radius, weights, torch.zeros_like(weights)).to(like.dtype)
 
 
 def gaussian_blur(maps: torch.Tensor, sigma: float) -> torch.Tensor:

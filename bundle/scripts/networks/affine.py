@@ -237,8 +237,8 @@ class AffineFit(nn.Module):
             fixed: `(B, C, *fixed shape)`, background 0.
 
         Returns:
-            ddf `(B, D, *fixed shape)`, voxels, of an affine map, in training the network's; zero for a sample of which
-            either image is empty.
+            ddf `(B, D, *fixed shape)`, voxels: in training the network's, else of an affine map, and zero for a sample
+            of which either image is empty.
         """
         if self.training:
             return self.net(moving, fixed)
@@ -264,7 +264,7 @@ class AffineFit(nn.Module):
         return self(moving, fixed), self(fixed, moving)
 
     def _at_once(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the worst misfit, `(B,)`."""
+        """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the first or last misfit."""
         maps, misfits = self._fit([moving], fixed)
         matrix, misfit = self._go_on(maps, misfits, moving, fixed)
         return matrix, torch.maximum(misfit, misfits[0])
@@ -337,7 +337,7 @@ def _any_or_traced(each: torch.Tensor) -> bool:
     if torch.jit.is_scripting():
         return bool(each.any())
     else:  # TorchScript does not compile this branch
-        return torch.jit.is_tracing() or bool(each.any())
+        return torch.jit.is_tracing() or torch.compiler.is_compiling() or bool(each.any())
 
 
 def _content(image: torch.Tensor) -> torch.Tensor:

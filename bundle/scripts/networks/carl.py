@@ -54,12 +54,13 @@ class CARL(nn.Module):
         affine_rounds: if positive, the attention's answer gives way to the affine map that fits it best, found in so
             many rounds, see `AffineFit`, but for training. Where no map fits it answers a translation, which turns with
             nothing.
-        affine_turns: turns of the moving image from which the first of these rounds starts in eval mode, and which the
-            affine map then follows exactly where it explains enough: "none", "pi" or "grid", for which attention is
-            asked 24 times more in 3D, unless the image as it is explains enough.
+        affine_turns: turns of the moving image from which the first of these rounds starts in eval mode, where that of
+            the image as it is explains too little: "none", "pi" or "grid", for which attention is asked 24 times more
+            in 3D. Between two images that both get this search the affine map follows such turns exactly.
         flow_rounds: rounds of optical flow after all that, see `LucasKanade`, for images halved once less by each
             entry: `(4, 4, 6)` is 4 at a quarter of the resolution, 4 at half and 6 at the full one. In training there
-            is none: it has no weights, and what comes before it is to come as near as it can.
+            is none: it has no weights, and what comes before it is to come as near as it can. Like the U-Nets', its
+            lower resolutions follow the fixed image by multiples of their factor.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -103,7 +104,7 @@ class CARL(nn.Module):
             raise ValueError(f"affine_rounds must be at least 0, and 0 for nesting 'left', got {affine_rounds!r}.")
         if affine_turns != "none" and affine_rounds == 0:
             raise ValueError(f"affine_turns '{affine_turns}' needs affine_rounds of at least 1, got 0.")
-        if not isinstance(flow_rounds, Sequence) or not all(is_count(rounds, 1) for rounds in flow_rounds):
+        if not isinstance(flow_rounds, (list, tuple)) or not all(is_count(rounds, 1) for rounds in flow_rounds):
             raise ValueError(f"flow_rounds must be integers of at least 1, got {flow_rounds!r}.")
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels

@@ -13,7 +13,7 @@ from torch import nn
 from ..fields import compose, resize, warp
 from .active import content_box, is_count, keep_if_content, shift_grid
 
-__all__ = ["Downsample", "TwoStep", "both", "both_of_each", "first_step"]
+__all__ = ["Downsample", "TwoStep", "both", "both_of_each", "first_step", "train_first_step"]
 
 
 def both(net: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -260,3 +260,25 @@ def first_step(net: nn.Module) -> nn.Module:
         stage.training = net.training  # of the wrapper alone: its parts have their own
         return stage
     return net
+
+
+def train_first_step(net: nn.Module, trained: bool) -> None:
+    """Let the attention stage of a network be trained, or keep its weights and train the others.
+
+    Args:
+        net: a network.
+        trained: whether its first step is trained.
+
+    Raises:
+        ValueError: if nothing is left to train.
+
+    Example:
+        >>> from equireg.networks import CARL
+        >>> net = CARL(2, feature_channels=4, refinement_channels=(4,))
+        >>> train_first_step(net, False)
+        >>> sorted({weight.requires_grad for weight in net.attention_stage().parameters()})
+        [False]
+    """
+    first_step(net).requires_grad_(trained)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError("all weights of the network are its attention stage's: without them nothing is left to train.")

@@ -23,12 +23,15 @@ class LucasKanade(nn.Module):
     Every equation counts as much as the images agree around it: with a power of their correlation in a wider window,
     and not at all where that is negative. Images of another contrast are left as they lie.
 
-    There are no weights, and no direction is special: when both images are turned or mirrored by a quarter of a turn,
-    or moved together, the answer turns and moves with them. Images that are equal get zero, but for rounding.
+    There are no weights, and no direction is special: when both images are turned by quarters of a turn or mirrored, or
+    moved together with two voxels of background around them, the answer turns and moves with them. Equal images get
+    zero, but for rounding.
 
     References: Lucas and Kanade, "An Iterative Image Registration Technique with an Application to Stereo Vision",
     IJCAI 1981; the mean of both slopes: Benhimane and Malis, "Real-time image-based tracking of planes using efficient
     second-order minimization", IROS 2004, doi:10.1109/IROS.2004.1389474.
+
+    Intensities are expected from 0 to 1 or so: contrast far below 0.1 is taken for noise.
 
     Args:
         spatial_dims: 2 or 3.
@@ -54,7 +57,7 @@ class LucasKanade(nn.Module):
     damping = 0.02  # added to the squared slopes
     longest = 2.0  # that a step may be: so far slopes tell
     trust_size = 4.0  # of the window in which images agree or not
-    trust = 6  # even power of their correlation
+    trust = 6  # power of their correlation
 
     def __init__(self, spatial_dims: int, in_channels: int = 1, rounds: int = 4) -> None:
         super().__init__()
