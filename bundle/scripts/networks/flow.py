@@ -96,14 +96,14 @@ class LucasKanade(nn.Module):
         """Return the answer, `(B, D, *fixed shape)`."""
         there, here = self._contrast(full_precision(moving)), self._contrast(full_precision(fixed))
         size = here.shape[1]
-        inside = (moving != 0).any(dim=1, keepdim=True).to(here.dtype)
+        inside, around = _around(moving, here.dtype), _around(fixed, here.dtype)
         content = (fixed != 0).any(dim=1, keepdim=True).to(here.dtype)
         there = torch.cat([there, inside], dim=1)
         slopes, known = _slopes(here), self._windowed(torch.cat([content, here, here * here], dim=1) * content)
         ddf = torch.zeros_like(content).repeat([1, self.spatial_dims] + [1] * self.spatial_dims)
         for _ in range(self.rounds):
             moved = warp(there, ddf, mode="linear", padding="zeros")
-            moved, shared = moved[:, :size], moved[:, size:] * content
+            moved, shared = moved[:, :size], moved[:, size:] * around
             weight = shared * self._agreement(moved, here, content, known)
             joint = [0.5 * (a + b) for a, b in zip(slopes, _slopes(moved))]
             step = self._solved(joint, here - moved, weight)
@@ -160,6 +160,16 @@ class LucasKanade(nn.Module):
             step = torch.cat(solution, dim=1) / (xx * a + xy * b + xz * c)
         length = (step.square().sum(dim=1, keepdim=True) + 1e-12).sqrt()
         return step * (self.longest / length.clamp(min=self.longest))
+
+
+def _around(image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return where there is content or its border is near, `(B, 1, *shape)`, 1 or 0.
+
+    Without the voxels just beyond it the border of the content would be drawn inward by those within, and by nothing
+    outward.
+    """
+    content = (image != 0).any(dim=1, keepdim=True).to(dtype)
+    return (gaussian_blur(content, 1.0) > 0.1).to(dtype)
 
 
 def _slopes(maps: torch.Tensor) -> List[torch.Tensor]:
