@@ -136,6 +136,18 @@ def test_other_contrasts(dims: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+def test_a_sharp_border_stays_where_it_is(dims: int) -> None:
+    """Of content that ends abruptly, as a mask leaves it: what lies within must not be drawn over its border."""
+    fixed = ball(SHAPES[dims]) * (0.3 + 0.5 * texture(identity_grid(list(SHAPES[dims]), torch.float64)))
+    moving = warp(fixed, torch.full((1, dims, *[1] * dims), 0.3, dtype=torch.float64).expand(1, dims, *SHAPES[dims]))
+    before, after = (
+        (warp(moving, ddf, padding="zeros") - fixed).square().mean().sqrt()
+        for ddf in (torch.zeros(1, dims, *SHAPES[dims]).double(), LucasKanade(dims, rounds=10)(moving, fixed))
+    )
+    assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("dims", [2, 3])
 def test_a_round_moves_nothing_far(dims: int) -> None:
     """Noise promises all sorts of things."""
     moving, fixed = (content(*[20] * dims, seed=k) for k in range(2))
