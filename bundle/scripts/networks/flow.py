@@ -24,7 +24,7 @@ class LucasKanade(nn.Module):
     and not at all where that is negative. Images of another contrast are left as they lie.
 
     There are no weights, and no direction is special: when both images are turned by quarters of a turn or mirrored, or
-    moved together with two voxels of background around them, the answer turns and moves with them. Equal images get
+    moved together with four voxels of background around them, the answer turns and moves with them. Equal images get
     zero, but for rounding.
 
     References: Lucas and Kanade, "An Iterative Image Registration Technique with an Application to Stereo Vision",
