@@ -57,10 +57,26 @@ def test_a_cropped_image_keeps_its_labels(compare: ModuleType, item: dict[str, A
         assert out[other] is item[other]
         inside = (item[side] != 0) & (item[f"{side}_label"] != 0)
         assert torch.equal(out[side][inside], item[side][inside])
+        assert compare.whole([1, 2], item, out, side) == [1, 2]
         lengths = [int((out[side][0] != 0).any(dim=2).any(dim=d).sum()) for d in (1, 0)]
         assert lengths == [round(0.7 * 12), round(0.7 * 10)]
         kept.add(tuple(torch.nonzero(out[side][0])[0].tolist()))
     assert len(kept) > 1
+
+
+def test_labels_that_a_crop_cuts_are_not_scored(compare: ModuleType, item: dict[str, Any]) -> None:
+    scored = set()
+    for seed in range(20):
+        out = compare.cropped(item, 0.5, "fixed", seed, keep=False)
+        lengths = [int((out["fixed"][0] != 0).any(dim=2).any(dim=d).sum()) for d in (1, 0)]
+        assert lengths == [6, 5]
+        outside = out["fixed"] == 0
+        assert not out["fixed_label"][outside].any()
+        lost = [label for label in (1, 2) if (item["fixed_label"][outside] == label).any()]
+        found = compare.whole([1, 2], item, out, "fixed")
+        assert found == [label for label in (1, 2) if label not in lost]
+        scored.add(tuple(found))
+    assert len(scored) > 1
 
 
 def test_unknown_words_are_told(compare: ModuleType, tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ field differs between methods. For example
     python bundle/docs/results/compare.py hippocampus --dataset_dir Task04_Hippocampus --methods unregistered,equireg
 
 prints a table and writes `hippocampus_<split>.csv`, a row per pair and method, and `.json`, the summary. The classical
-methods need antspyx 0.6.3, and picsl-greedy 1.4.0.3 with SimpleITK, which the project itself does not depend on.
+methods need antspyx 0.6.3, picsl-greedy 1.4.0.3 with SimpleITK, itk-elastix 0.25.4 and convexadam 0.2.0, which the
+project itself does not depend on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -56,6 +58,8 @@ NETWORKS: dict[str, tuple[Callable[..., torch.Tensor] | None, str]] = {
     "equireg_lncc": (LocalCorrelationLoss(sigma=2.0), ""),
     "equireg_mind": (MINDSSCLoss(radius=1, dilation=1), ""),
 }
+ELASTIX_STEPS = ("affine", "bspline")  # its own default parameters, but for the spacing of the control points
+ELASTIX_SPACING = 10.0  # voxels, at the end
 GREEDY_STEPS = (
     "-i fixed moving -a -ia-image-centers -m NCC 2x2x2 -n 100x50x10 -seed 1 -o affine",
     "-i fixed moving -it affine -m NCC 2x2x2 -n 100x50x20 -seed 1 -o warp",
@@ -77,12 +81,14 @@ class Images:
         canvas: what every image is padded or cropped to, voxels.
         subjects: lists the images of a folder and a split.
         regions: labels that have a column of their own.
+        surrounded: whether an image shows more than what is labeled, so that it can be cropped and keep all labels.
     """
 
     title: str
     canvas: tuple[int, int, int]
     subjects: Callable[[str | Path, str], list[dict[str, str]]]
     regions: Mapping[str, int]
+    surrounded: bool
 
 
 DATA = {
@@ -91,8 +97,9 @@ DATA = {
         (48, 64, 48),
         decathlon_subjects,
         {"dice_anterior": 1, "dice_posterior": 2},
+        surrounded=True,
     ),
-    "brain": Images("OASIS brains of the MICCAI 2012 challenge, 2 mm", (80, 96, 80), _brains, {}),
+    "brain": Images("OASIS brains of the MICCAI 2012 challenge, 2 mm", (80, 96, 80), _brains, {}, surrounded=False),
 }
 
 # Takes moving and fixed, both (1, 1, *canvas), and returns a function that gives the ddf (1, 3, *canvas), voxels.
@@ -171,6 +178,37 @@ def _greedy(threads: int) -> Registration:
     return register
 
 
+def _elastix(threads: int) -> Registration:
+    """Run elastix, affine and then B-splines, on arrays of unit spacing."""
+    itk = _need("itk", "itk-elastix==0.25.4")
+
+    def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+        # ITK reverses the axes of an array, too.
+        images = [itk.image_from_array(image[0, 0].numpy().T.copy()) for image in (fixed, moving)]
+        parameters = itk.ParameterObject.New()
+        for step in ELASTIX_STEPS:
+            parameters.AddParameterMap(parameters.GetDefaultParameterMap(step, 4, ELASTIX_SPACING))
+        found = itk.elastix_registration_method(
+            *images, parameter_object=parameters, log_to_console=False, number_of_threads=threads
+        )[1]
+
+        def field() -> torch.Tensor:
+            composed = itk.array_from_image(itk.transformix_deformation_field(images[1], found, log_to_console=False))
+            return torch.from_numpy(composed.transpose(3, 2, 1, 0).copy()).float().unsqueeze(0)
+
+        return field
+
+    return register
+
+
+def _convexadam(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Run ConvexAdam on MIND features with all its defaults."""
+    convexadam = _need("convexAdam.convex_adam_MIND", "convexadam==0.2.0")
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that a CPU has no half precision
+        field = convexadam.convex_adam_pt(fixed[0, 0], moving[0, 0], device=torch.device("cpu"))  # (*canvas, 3)
+    return lambda: torch.from_numpy(np.moveaxis(field, -1, 0).copy()).float().unsqueeze(0)
+
+
 def registration(method: str, weights: str, threads: int, steps: int = 50) -> Registration:
     """Prepare a method by its name; `ValueError` for an unknown one, `ImportError` if a package is missing."""
     if method == "unregistered":
@@ -181,7 +219,11 @@ def registration(method: str, weights: str, threads: int, steps: int = 50) -> Re
         return _greedy(threads)
     if method in ANTS_TYPES:
         return _ants(ANTS_TYPES[method])
-    known = ("unregistered", *NETWORKS, *ANTS_TYPES, "greedy")
+    if method == "elastix":
+        return _elastix(threads)
+    if method == "convexadam":
+        return _convexadam
+    known = ("unregistered", *NETWORKS, *ANTS_TYPES, "greedy", "elastix", "convexadam")
     raise ValueError(f"expected a method of {', '.join(known)}, got '{method}'.")
 
 
@@ -246,17 +288,18 @@ def turned(item: Mapping[str, Any], degrees: float) -> dict[str, Any]:
     return answer
 
 
-def cropped(item: Mapping[str, Any], fraction: float, side: str, seed: int) -> dict[str, Any]:
-    """Empty one image outside a random box that holds all its labels.
+def cropped(item: Mapping[str, Any], fraction: float, side: str, seed: int, keep: bool = True) -> dict[str, Any]:
+    """Empty one image and its label outside a random box.
 
     Args:
         item: `PAIR_KEYS`, each `(1, *canvas)`.
-        fraction: side lengths of the box over those of the image's content, where the labels do not need more.
+        fraction: side lengths of the box over those of the image's content.
         side: "moving" or "fixed".
         seed: of the place of the box.
+        keep: have the box hold all labels, larger where they need it.
 
     Returns:
-        The same keys, one image changed.
+        The same keys, those of one side changed.
     """
     if fraction >= 1:
         return dict(item)
@@ -264,13 +307,23 @@ def cropped(item: Mapping[str, Any], fraction: float, side: str, seed: int) -> d
     box, generator, where = np.zeros_like(image), np.random.default_rng([seed, 7]), [slice(None)]
     held, all_there = np.argwhere(labels[0]), np.argwhere((image[0] != 0) | (labels[0] != 0))
     for axis in range(3):
-        least, most = held[:, axis].min(), held[:, axis].max() + 1
         start, stop = all_there[:, axis].min(), all_there[:, axis].max() + 1
+        least, most = (held[:, axis].min(), held[:, axis].max() + 1) if keep else (stop, start)
         size = max(most - least, round(fraction * (stop - start)))
         first = int(generator.integers(max(start, most - size), min(least, stop - size) + 1))
         where.append(slice(first, first + size))
     box[tuple(where)] = 1
-    return {**item, side: torch.as_tensor(image * box)}
+    return {**item, side: torch.as_tensor(image * box), f"{side}_label": torch.as_tensor(labels * box)}
+
+
+def whole(labels: Sequence[int], before: Mapping[str, Any], after: Mapping[str, Any], side: str) -> list[int]:
+    """Return those labels of which one side of a pair, `(1, *canvas)`, has lost nothing."""
+    counts = (
+        np.bincount(np.asarray(item[f"{side}_label"]).astype(int).ravel(), minlength=max(labels) + 1)
+        for item in (before, after)
+    )
+    same = np.equal(*counts)
+    return [label for label in labels if same[label]]
 
 
 def measure(
@@ -323,7 +376,7 @@ def provenance(threads: int) -> dict[str, Any]:
     models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
     cpu = (models or [platform.processor() or platform.machine()])[0]
     installed = {str(entry.metadata["Name"]).lower().replace("_", "-"): entry.version for entry in distributions()}
-    packages = ("equireg", "torch", "monai", "antspyx", "picsl-greedy", "simpleitk")
+    packages = ("equireg", "torch", "monai", "antspyx", "picsl-greedy", "simpleitk", "itk-elastix", "convexadam")
     versions = {name: installed[name] for name in packages if name in installed}
     return {"machine": f"{cpu}, {os.cpu_count()} cores, threads per method: {threads}", "versions": versions}
 
@@ -348,13 +401,15 @@ def main(
     Args:
         data: hippocampus or brain.
         dataset_dir: its folder: Task04_Hippocampus with its `dataset.json`, or brains in `images` and `labels`.
-        methods: names separated by commas: unregistered, equireg, ants_affine, ants, greedy.
+        methods: names separated by commas: unregistered, equireg, equireg_lncc, equireg_mind, ants_affine,
+            ants, greedy, elastix, convexadam.
         weights: name of shipped weights or path of a weights file, for equireg; those named as the data if left out.
         num_pairs: how many ordered pairs of different subjects, of those of the split.
         split: "training", "validation" or "test".
         shift: move the moving image and its label by so many voxels along the first axis, on a longer canvas.
         turn: turn the moving image and its label by so many degrees about the third axis.
-        crop: empty one image outside a random box of this fraction of its sides that holds its labels.
+        crop: empty one image outside a random box of this fraction of its sides. It holds all labels of a hippocampus;
+            labels of a brain that it cuts are not scored.
         crop_side: which one, moving or fixed.
         threads: threads of every method.
         steps: of optimization, for equireg_lncc and equireg_mind.
@@ -375,12 +430,13 @@ def main(
     dataset, regions = pairs(DATA[data], dataset_dir, split, num_pairs), DATA[data].regions
     labels, measures = common_labels(DATA[data], dataset_dir), (*regions, "dice", "folding")
 
-    def images_of(number: int) -> dict[str, torch.Tensor]:
-        return shifted(turned(cropped(dataset[number], crop, crop_side, number), turn), shift)
+    def moved(item: Mapping[str, Any], number: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+        part = cropped(item, crop, crop_side, number, DATA[data].surrounded)
+        return shifted(turned(part, turn), shift), whole(labels, item, part, crop_side)
 
-    first = images_of(0)
+    first = moved(dataset[0], 0)
     for register in registers.values():  # the first call of a library is slower than the others
-        measure(register, first, labels, regions)
+        measure(register, *first, regions)
 
     moves = {"shift": (shift, 0), "turn": (turn, 0), f"crop_{crop_side}": (crop, 1)}
     suffix = "".join(f"_{name}{value:g}" for name, (value, still) in moves.items() if value != still)
@@ -393,10 +449,10 @@ def main(
         for number in tqdm(range(len(dataset)), desc="pairs"):
             item = dataset[number]
             subjects = {k: Path(item[k].meta["filename_or_obj"]).name.split(".")[0] for k in ("moving", "fixed")}
-            images = images_of(number)
+            images, scored = moved(item, number)
             for method, register in registers.items():
                 rows.append(
-                    {"pair": number, **subjects, "method": method, **measure(register, images, labels, regions)}
+                    {"pair": number, **subjects, "method": method, **measure(register, images, scored, regions)}
                 )
                 writer.writerow(rows[-1])
             stream.flush()
@@ -404,7 +460,13 @@ def main(
     report = {
         "data": f"{DATA[data].title}, {len(dataset)} pairs of the {split} split, {len(labels)} labels",
         **{name: value for name, (value, _) in moves.items()},
-        "settings": {"equireg": Path(weights).name, "steps": steps, **ANTS_TYPES, "greedy": GREEDY_STEPS},
+        "settings": {
+            "equireg": Path(weights).name,
+            "steps": steps,
+            **ANTS_TYPES,
+            "greedy": GREEDY_STEPS,
+            "elastix": {"steps": ELASTIX_STEPS, "spacing": ELASTIX_SPACING},
+        },
         **provenance(threads),
         "summary": summary,
     }

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from equireg.fields import warp
 from equireg.metrics import folding_fraction
+from equireg.networks import LucasKanade, TwoStep
 from equireg.pictures import registration_figure, save_figure
 
 BUNDLE = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def main(
     Args:
         dataset_dir: folder of the vessel masks.
         weights: weights of the network of vessels.json.
-        unet_weights: weights of the network of vessels_unet.json, whose first step is a U-Net; left out if empty.
+        unet_weights: weights of the network of unet.json, whose first step is a U-Net; left out if empty.
         warps: random warps of every eye.
         shift: how far contents are moved, pixels.
         split: "test" or "validation".
@@ -95,7 +96,9 @@ def main(
     dataset = parser.get_parsed_content("validate#dataset")
     networks: dict[str, Network | None] = {"unregistered": None, "equireg": load(parser, weights)}
     if unet_weights:
-        networks["U-Net in place of attention"] = load(parse(dataset_dir, "vessels_unet.json"), unet_weights)
+        unet = load(parse(dataset_dir, "unet.json"), unet_weights)
+        networks["U-Net in place of attention"] = unet
+        networks["the same, then flow"] = TwoStep(unet, LucasKanade(2, 1, parser["flow_rounds"][0])).eval()
     cases = {
         "unshifted": ((0, 0), (0, 0)),
         f"moving shifted by ({shift}, 0)": ((shift, 0), (0, 0)),
