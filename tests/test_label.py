@@ -123,8 +123,9 @@ def test_the_stock_app_registers_two_images(bundle_server: Served, images: Path)
     check_field(images, "moving", Path(moved), Path(result["files"]["fixed_to_moving"]), 3)
     assert result["similarity"]["before"] < 0.2 and result["similarity"]["after"] > 0.9
     assert result["folding_percent"] < 1 and result["warnings"] == []
-    _, better = bundle_server.client.infer("equireg", "fixed", {"moving": "moving.nii.gz", "optimize": 20})
-    assert better["similarity"]["after"] > result["similarity"]["after"]
+    _, optimized = bundle_server.client.infer("equireg", "fixed", {"moving": "moving.nii.gz", "optimize": 20})
+    # The images differ by an affine map, whose log J is the same everywhere: what optimization brings is smoothness.
+    assert optimized["sd_log_jacobian"] < result["sd_log_jacobian"] and optimized["similarity"]["after"] > 0.9
 
 
 @pytest.mark.parametrize(
