@@ -304,8 +304,6 @@ def test_vessels(network: str, vessels: Path, tmp_path: Path) -> None:
     options = settings(tmp_path, dataset_dir=str(vessels), **VESSELS)
     names = ["train", "vessels"]
     if network == "unet":
-        if not (CONFIGS / "unet.json").exists():
-            pytest.skip("the bundle has no unet.json")
         names.append("unet")
         options = {key: value for key, value in options.items() if key not in TINY_NETWORK}
         options["unet_channels"] = [4, 8]

@@ -112,13 +112,14 @@ def test_the_command_comes_close(pair: tuple[Path, Path], root: Path, tmp_path: 
         }
         for folder in (tmp_path / "out", reference)
     )
-    for name in ("fixed_to_moving", "moving_to_fixed"):  # float32, carried on through 19 rounds of least squares
+    for name in ("fixed_to_moving", "moving_to_fixed"):  # 3e-6 of the largest was measured, after 19 rounds in float32
         assert np.abs(found[name] - expected[name]).max() < 1e-5 * np.abs(expected[name]).max()
-    # Voxel values move by no more than the field does along the image's steepest slopes, plus float32 of their size.
+    # Voxel values change by no more than the steepest slopes of the image make of the field's change, plus float32 of
+    # their size. Beyond the grid there is 0.
     moving = nib.load(given / "moving.nii.gz")
-    values, spacing = moving.get_fdata(), moving.header.get_zooms()
-    steepest = sum(np.abs(np.diff(values, axis=axis)).max() / spacing[axis] for axis in range(3))
-    off = np.abs(found["fixed_to_moving"] - expected["fixed_to_moving"]).max()
+    values, spacing = np.pad(moving.get_fdata(), 1), moving.header.get_zooms()
+    steepest = np.linalg.norm([np.abs(np.diff(values, axis=axis)).max() / spacing[axis] for axis in range(3)])
+    off = np.linalg.norm(found["fixed_to_moving"] - expected["fixed_to_moving"], axis=-1).max()
     assert np.abs(found["moved"] - expected["moved"]).max() < steepest * off + 1e-6 * values.max()
 
 

@@ -1,11 +1,12 @@
-"""Train networks that differ in one thing for the same computing time, and compare them on the same pairs.
+"""Train networks for the same computing time, and compare them on the same pairs.
 
     python bundle/docs/results/ablation.py Task04_Hippocampus --minutes 25
 
-The network of `deck.json` on real images, the same on synthetic anatomy alone, the same with a U-Net in place of its
-attention, and MONAI's `VoxelMorph`: all from scratch, with one loss, one seed and one learning rate. Each answers pairs
-as they are and with the moving image shifted, alone and with the optical flow of `hippocampus` behind it. Writes the
-weights, which are not trained again where they exist, and `ablation.csv`, a row per pair and network, and `.json`.
+The network of `deck.json` on real images; two that differ from it in one thing, synthetic anatomy alone, and a U-Net in
+place of its attention; and MONAI's `VoxelMorph`. All start from scratch, with one loss, seed and learning rate, and see
+the centers of both images together. Each answers pairs as they are and with the moving image shifted, alone and with
+six rounds of optical flow behind it. Writes the weights, which are not trained again where they exist, `ablation.csv`,
+a row per pair and network, and `.json`, the summary.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.handlers import LrScheduleHandler
 from monai.networks.nets import VoxelMorph, VoxelMorphUNet
+from monai.transforms import ResizeWithPadOrCropd
 from monai.utils import set_determinism
 from torch import nn
 from torch.nn import functional as F
@@ -64,26 +66,38 @@ class FromVoxelMorph(nn.Module):
         return ddf[(..., *(slice(size) for size in fixed.shape[2:]))]
 
 
+def centered(pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pad the images of a pair, each `(1, *its shape)`, to one shape that holds both, their centers together.
+
+    The bundle's own training pads at the end. To attention this makes no difference.
+    """
+    images = {key: pair[key] for key in ("moving", "fixed")}
+    shape = [max(sizes) for sizes in zip(*(image.shape[1:] for image in images.values()))]
+    fit: Any = ResizeWithPadOrCropd(tuple(images), shape)
+    return {**pair, **fit(images)}
+
+
 def configuration(name: str, dataset_dir: str, seed: int) -> ConfigParser:
     """Return the bundle's training configuration of one of the `NETWORKS`, without what validates or writes."""
     overlays, real = NETWORKS[name]
+    set_determinism(seed)
     parser = ConfigParser()
     parser.read_config([BUNDLE / "configs" / f"{overlay}.json" for overlay in ("train", "deck", *overlays)])
     parser.update({**LOSS, "bundle_root": str(BUNDLE), "seed": seed, "dataset_dir": dataset_dir if real else ""})
     # 10 steps are an epoch, after which the learning rate changes; the time ends the run.
     parser.update({"flow_rounds": [], "iterations": 10, "epochs": 10**6, "train#handlers": []})
+    parser["train"]["pair_transforms"].insert(0, centered)
     if name == "VoxelMorph":
         parser["network_def"]["net"] = FromVoxelMorph()
     return parser
 
 
 def train(parser: ConfigParser, minutes: float, description: str) -> tuple[nn.Module, int]:
-    """Train for some minutes of processor time, whatever else runs; the learning rate falls along half a cosine.
+    """Train for some minutes of processor time; the learning rate falls along half a cosine.
 
     Returns:
         The network, called `net(moving, fixed)`, and the number of its steps.
     """
-    set_determinism(parser["seed"])
     trainer = parser.get_parsed_content("train#trainer")
     network = parser.get_parsed_content("network_def")
     start = time.process_time()
@@ -143,16 +157,19 @@ def main(
         raise ValueError(f"expected one of {'; '.join(NETWORKS)}, got '{only}'.")
     torch.set_num_threads(1)
     sys.path.insert(0, str(BUNDLE))  # where the configurations find `scripts`
-    folder, methods, steps = Path(output_dir), {}, {}
+    folder, methods, steps, parameters = Path(output_dir), {}, {}, {}
     for name in [only] if only else NETWORKS:
         parser, path = configuration(name, dataset_dir, seed), folder / f"{name.replace(',', '').replace(' ', '_')}.pt"
+        asked = {"minutes": minutes, "seed": seed, **LOSS}
         if not path.exists():
             net, count = train(parser, minutes, name)
-            save_atomically({"net": net.state_dict(), "steps": torch.tensor(count)}, path)
+            save_atomically({"net": net.state_dict(), "steps": count, "asked": asked}, path)
         saved = read_tensors(path, "file of weights")
+        if saved["asked"] != asked:
+            raise ValueError(f"{path} was trained with {saved['asked']}, not with {asked}.")
         net = parser.get_parsed_content("network_def").net.eval()
         net.load_state_dict(saved["net"])
-        steps[name] = int(saved["steps"])
+        steps[name], parameters[name] = saved["steps"], sum(value.numel() for value in net.parameters())
         methods[name] = as_method(net)
         methods[f"{name}, then flow"] = as_method(TwoStep(net, LucasKanade(3, 1, FLOW_ROUNDS)).eval())
     if only:
@@ -173,7 +190,7 @@ def main(
     summary = {by: summarize([row for row in rows if row["shift"] == by], MEASURES) for by in (0, shift)}
     report = {
         "data": f"{data.title}, {len(dataset)} pairs of the {split} split",
-        "training": {"minutes": minutes, "seed": seed, **LOSS, "steps": steps},
+        "training": {"minutes": minutes, "seed": seed, **LOSS, "steps": steps, "parameters": parameters},
         **provenance(1),
         "summary": summary,
     }

@@ -59,7 +59,7 @@ NETWORKS: dict[str, tuple[Callable[..., torch.Tensor] | None, str]] = {
     "equireg_mind": (MINDSSCLoss(radius=1, dilation=1), ""),
 }
 ELASTIX_STEPS = ("affine", "bspline")  # its own default parameters, but for the spacing of the control points
-ELASTIX_SPACING = 6.0  # voxels, at the end; chosen on validation pairs
+ELASTIX_SPACING = 6.0  # voxels, at the end
 GREEDY_STEPS = (
     "-i fixed moving -a -ia-image-centers -m NCC 2x2x2 -n 100x50x10 -seed 1 -o affine",
     "-i fixed moving -it affine -m NCC 2x2x2 -n 100x50x20 -seed 1 -o warp",
@@ -201,12 +201,20 @@ def _elastix(threads: int) -> Registration:
     return register
 
 
-def _convexadam(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _convexadam() -> Registration:
     """Run ConvexAdam on MIND features with all its defaults."""
-    convexadam = _need("convexAdam.convex_adam_MIND", "convexadam==0.2.0")
-    with contextlib.redirect_stdout(io.StringIO()):  # it says that a CPU has no half precision
-        field = convexadam.convex_adam_pt(fixed[0, 0], moving[0, 0], device=torch.device("cpu"))  # (*canvas, 3)
-    return lambda: torch.from_numpy(np.moveaxis(field, -1, 0).copy()).float().unsqueeze(0)
+    convexadam, block = _need("convexAdam.convex_adam_MIND", "convexadam==0.2.0"), 6
+
+    def register(moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], torch.Tensor]:
+        # Its coarse field is stretched where blocks of its first grid do not fill the canvas.
+        room = [n for size in reversed(fixed.shape[2:]) for n in (0, -size % block)]
+        images = [pad(image, room)[0, 0] for image in (fixed, moving)]
+        with contextlib.redirect_stdout(io.StringIO()):  # it says that a CPU has no half precision
+            field = convexadam.convex_adam_pt(*images, device=torch.device("cpu"))  # (*canvas, 3)
+        ddf = torch.from_numpy(np.moveaxis(field, -1, 0).copy()).float().unsqueeze(0)
+        return lambda: ddf[(..., *(slice(size) for size in fixed.shape[2:]))]
+
+    return register
 
 
 def registration(method: str, weights: str, threads: int, steps: int = 50) -> Registration:
@@ -222,7 +230,7 @@ def registration(method: str, weights: str, threads: int, steps: int = 50) -> Re
     if method == "elastix":
         return _elastix(threads)
     if method == "convexadam":
-        return _convexadam
+        return _convexadam()
     known = ("unregistered", *NETWORKS, *ANTS_TYPES, "greedy", "elastix", "convexadam")
     raise ValueError(f"expected a method of {', '.join(known)}, got '{method}'.")
 
@@ -323,7 +331,10 @@ def whole(labels: Sequence[int], before: Mapping[str, Any], after: Mapping[str, 
         for item in (before, after)
     )
     same = np.equal(*counts)
-    return [label for label in labels if same[label]]
+    kept = [label for label in labels if same[label]]
+    if not kept:
+        raise ValueError(f"expected a crop that leaves a label whole, got one that cuts all {len(labels)}.")
+    return kept
 
 
 def measure(
@@ -443,6 +454,7 @@ def main(
     folder, name = Path(output_dir), f"{data}_{split}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
+    counts: list[int] = []
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, ("pair", "moving", "fixed", "method", *measures, "seconds"))
         writer.writeheader()
@@ -450,6 +462,7 @@ def main(
             item = dataset[number]
             subjects = {k: Path(item[k].meta["filename_or_obj"]).name.split(".")[0] for k in ("moving", "fixed")}
             images, scored = moved(item, number)
+            counts.append(len(scored))
             for method, register in registers.items():
                 rows.append(
                     {"pair": number, **subjects, "method": method, **measure(register, images, scored, regions)}
@@ -459,6 +472,7 @@ def main(
     summary = summarize(rows, measures)
     report = {
         "data": f"{DATA[data].title}, {len(dataset)} pairs of the {split} split, {len(labels)} labels",
+        "labels_scored_mean": float(np.mean(counts)),
         **{name: value for name, (value, _) in moves.items()},
         "settings": {
             "equireg": Path(weights).name,

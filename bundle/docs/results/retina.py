@@ -31,7 +31,6 @@ from tqdm import tqdm
 
 from equireg.fields import warp
 from equireg.metrics import folding_fraction
-from equireg.networks import LucasKanade, TwoStep
 from equireg.pictures import registration_figure, save_figure
 
 BUNDLE = Path(__file__).resolve().parents[2]
@@ -96,9 +95,7 @@ def main(
     dataset = parser.get_parsed_content("validate#dataset")
     networks: dict[str, Network | None] = {"unregistered": None, "equireg": load(parser, weights)}
     if unet_weights:
-        unet = load(parse(dataset_dir, "unet.json"), unet_weights)
-        networks["U-Net in place of attention"] = unet
-        networks["the same, then flow"] = TwoStep(unet, LucasKanade(2, 1, parser["flow_rounds"][0])).eval()
+        networks["U-Net in place of attention"] = load(parse(dataset_dir, "unet.json"), unet_weights)
     cases = {
         "unshifted": ((0, 0), (0, 0)),
         f"moving shifted by ({shift}, 0)": ((shift, 0), (0, 0)),
