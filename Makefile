@@ -86,7 +86,7 @@ train-brain: $(STAMP) ## train the weights `brain` from label maps: make train-b
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_brain.sh "$(data)/brain_synthseg_labels_2mm" output/brain
 
 train-vessels: $(STAMP) ## train the weights `vessels`: make train-vessels DATA=...
-	@cd bundle && ../$(BIN)/python -m monai.bundle run training --config_file "['configs/train.json','configs/vessels.json']" --dataset_dir "$(data)" --output_dir ../output/vessels
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash bundle/docs/results/train_vessels.sh "$(data)" output/vessels
 
 clean: ## remove .venv and everything the other jobs leave behind
 	@rm -rf $(VENV) .venv-ants .venv-label .venv-deploy build dist demo_output .mypy_cache .pytest_cache .ruff_cache *.egg-info
