@@ -69,4 +69,4 @@ def test_trains_once_and_compares(ablation: ModuleType, tmp_path: Path, monkeypa
         ablation.main(str(folder), **options, seed=1)
     report = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert all(steps >= 1 for steps in report["training"]["steps"].values())
-    assert set(report["summary"]) == {"0", "24"} and len(report["summary"]["24"]) == 4
+    assert set(report["summary"]) == {"0", "32"} and len(report["summary"]["32"]) == 4

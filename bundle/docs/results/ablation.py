@@ -137,7 +137,7 @@ def main(
     only: str = "",
     num_pairs: int = 50,
     split: str = "test",
-    shift: int = 24,
+    shift: int = 32,
     seed: int = 0,
     output_dir: str = "output/ablation",
 ) -> None:
@@ -149,7 +149,8 @@ def main(
         only: train this network alone, and compare nothing.
         num_pairs: how many ordered pairs of different subjects, of those of the split.
         split: "test" or "validation".
-        shift: voxels along the first axis, on a canvas that is longer by as much at both ends.
+        shift: voxels along the first axis, on a canvas that is longer by as much at both ends. That moves the fixed
+            image on its canvas, too, which U-Nets follow by multiples of 16 voxels only.
         seed: of everything random in training.
         output_dir: where everything is written.
     """
