@@ -22,7 +22,7 @@ from typing import Any
 
 import fire
 import torch
-from compare import DATA, common_labels, measure, pairs, provenance, shifted, summarize, table
+from compare import DATA, PAIR_KEYS, common_labels, measure, pairs, provenance, summarize, table
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.handlers import LrScheduleHandler
@@ -60,10 +60,13 @@ class FromVoxelMorph(nn.Module):
         self.net = VoxelMorph(VoxelMorphUNet(3, 2, 32, (16, 32, 32, 32, 32, 32), (16, 16)), spatial_dims=3)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
-        """Take images `(B, 1, *shape)` of one shape; return the ddf `(B, 3, *shape)`, voxels."""
-        padding = [n for size in reversed(fixed.shape[2:]) for n in (0, -size % self.divisor)]
-        ddf = self.net(F.pad(moving, padding), F.pad(fixed, padding))[1]
-        return ddf[(..., *(slice(size) for size in fixed.shape[2:]))]
+        """Take images `(B, 1, *shape)`, padded here to one shape; return the ddf `(B, 3, *fixed shape)`, voxels."""
+        sizes = [-(-max(pair) // self.divisor) * self.divisor for pair in zip(moving.shape[2:], fixed.shape[2:])]
+        padded = [
+            F.pad(image, [n for size, own in zip(sizes[::-1], image.shape[:1:-1]) for n in (0, size - own)])
+            for image in (moving, fixed)
+        ]
+        return self.net(*padded)[1][(..., *(slice(size) for size in fixed.shape[2:]))]
 
 
 def centered(pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,7 +140,7 @@ def main(
     only: str = "",
     num_pairs: int = 50,
     split: str = "test",
-    shift: int = 32,
+    shift: int = 24,
     seed: int = 0,
     output_dir: str = "output/ablation",
 ) -> None:
@@ -149,8 +152,7 @@ def main(
         only: train this network alone, and compare nothing.
         num_pairs: how many ordered pairs of different subjects, of those of the split.
         split: "test" or "validation".
-        shift: voxels along the first axis, on a canvas that is longer by as much at both ends. That moves the fixed
-            image on its canvas, too, which U-Nets follow by multiples of 16 voxels only.
+        shift: voxels by which the moving image lies further along the first axis, on a canvas longer by as much.
         seed: of everything random in training.
         output_dir: where everything is written.
     """
@@ -180,7 +182,8 @@ def main(
     rows: list[dict[str, Any]] = []
     for number in tqdm(range(len(dataset)), desc="pairs", disable=None):
         for moved_by in (0, shift):
-            images = shifted(dataset[number], moved_by)
+            images = {key: value[None] for key, value in dataset[number].items() if key in PAIR_KEYS}
+            images |= {key: F.pad(images[key], (0, 0, 0, 0, moved_by, 0)) for key in ("moving", "moving_label")}
             for method, register in methods.items():
                 values = measure(register, images, labels, data.regions)
                 rows.append({"pair": number, "shift": moved_by, "method": method, **values})
