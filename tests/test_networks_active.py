@@ -16,6 +16,7 @@ from equireg.networks.active import (
     check_pair,
     clamp_to_box,
     content_box,
+    field_of_view,
     has_content,
     is_count,
     keep_if_content,
@@ -49,6 +50,39 @@ def test_content_box_equals_numpy(shape: tuple[int, ...], seed: int) -> None:
         np.testing.assert_array_equal(last[b], expected[1])
     assert has_content(image).tolist() == [bool((s != 0).any()) for s in image]
     assert not has_content(image)[2]
+
+
+def ellipsoid(dims: int) -> torch.Tensor:
+    """Return an ellipsoid, `(1, 1, *shape)`, alone on its canvas; its box is not that of the canvas."""
+    at = torch.stack(torch.meshgrid(*[torch.arange(56.0)] * dims, indexing="ij"))
+    center, radii = (torch.tensor(values[:dims]).reshape(-1, *[1] * dims) for values in ((28, 27.5, 29), (22, 24, 20)))
+    return (((at - center) / radii).square().sum(dim=0) <= 1).float()[None, None]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_field_of_view_ends_where_an_object_is_cut(dims: int) -> None:
+    """One side at a time, deep and shallow, where the canvas ends as well; an object alone, and none."""
+    whole = ellipsoid(dims)
+    (low,), (high,) = content_box(whole)
+    images, firsts, lasts = [whole, torch.zeros_like(whole)], [[-np.inf] * dims] * 2, [[np.inf] * dims] * 2
+    for axis in range(dims):
+        for by in (3, 12):
+            image = whole.clone().transpose(2, 2 + axis)
+            image[:, :, : low[axis] + by] = 0
+            images.append(image.transpose(2, 2 + axis))
+            firsts.append([low[axis].item() + by - 0.5 if k == axis else -np.inf for k in range(dims)])
+            lasts.append([np.inf] * dims)
+            images.append(images[-1].flip(2 + axis))
+            firsts.append([-np.inf] * dims)
+            lasts.append([55 - low[axis].item() - by + 0.5 if k == axis else np.inf for k in range(dims)])
+    first, last = field_of_view(torch.cat(images))
+    assert first.dtype == last.dtype == torch.float64
+    assert first.tolist() == firsts and last.tolist() == lasts
+    cropped = whole[(..., *(slice(a + 4, b - 4) for a, b in zip(low, high)))]  # fills its canvas
+    first, last = field_of_view(cropped)
+    assert (first == -0.5).all() and last[0].tolist() == [size - 0.5 for size in cropped.shape[2:]]
+    several = torch.cat([torch.zeros_like(cropped), cropped], dim=1)  # content is that of any channel
+    assert torch.equal(field_of_view(several)[1], last)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -346,6 +346,55 @@ def test_pooled_voxels_lie_where_the_map_says(centered: bool) -> None:
     assert (at - mean)[inner].abs().max() < 1e-9 and mean[inner].numel() > 0
 
 
+class Nearest(nn.Module):
+    """Send every voxel to the one that shows most nearly the same: images show places in an object, and 1.
+
+    As attention does, it answers the nearest that is left where a voxel's partner was cut off.
+    """
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        at, here = ((image[0] != 0).any(dim=0).nonzero() for image in (moving, fixed))
+        shows, shown = (image[0][(slice(None), *index.T)].T for image, index in ((moving, at), (fixed, here)))
+        shows, shown = shows[:, :2] / shows[:, 2:], shown[:, :2] / shown[:, 2:]  # at borders both are mixed with 0
+        ddf = torch.zeros(1, 2, *fixed.shape[2:], dtype=torch.float64)
+        if len(at) and len(here):
+            ddf[(0, slice(None), *here.T)] = (at[torch.cdist(shown, shows).argmin(dim=1)] - here).double().T
+        return ddf
+
+
+@pytest.mark.parametrize("cut", ["neither", "moving", "fixed", "both", "both, differently"])
+def test_an_image_that_is_cut_is_found_in_one_that_is_not(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known map between images of which one shows a part of the other; without the field of view it is missed."""
+    shape, center = [60, 66], torch.tensor([30.0, 31.0], dtype=torch.float64).reshape(1, 2, 1, 1)
+    true = torch.tensor([[[1.1, 0.2, -8.0], [-0.15, 0.95, 6.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    places = identity_grid(shape, torch.float64)
+    radii = torch.tensor([20.0, 26.0], dtype=torch.float64).reshape(1, 2, 1, 1)
+    inside = ((places - center) / radii).square().sum(dim=1, keepdim=True) <= 1
+    fixed = torch.cat([places, torch.ones_like(places[:, :1])], dim=1) * inside
+    back = affine_ddf(torch.linalg.inv(true), shape)
+    moving = warp(fixed, back, mode="linear", padding="zeros") * (
+        warp(inside.double(), back, mode="linear", padding="zeros") > 0.99
+    )
+    whole = inside.clone()
+    if cut != "neither":
+        if cut != "fixed":
+            moving[:, :, :, 38:] = 0
+        if cut != "moving":
+            fixed[:, :, 34:] = 0
+        if cut == "both, differently":
+            fixed[:, :, :, :20] = 0
+    errors, unbounded = [], torch.full((1, 2), math.inf, dtype=torch.float64)
+    for seen in (True, False):
+        if not seen:
+            monkeypatch.setattr("equireg.networks.affine.field_of_view", lambda _: (-unbounded, unbounded))
+        matrix, misfit = AffineFit(Nearest(), 4).eval()._at_once(moving, fixed)
+        errors.append(((affine_ddf(matrix - true, shape) + places) * whole).norm(dim=1).max().item())
+        if seen:
+            assert misfit < 0.01
+    assert errors[0] < 1.0, "voxels are matched with whole voxels"
+    assert errors[1] < 1.0 if cut == "neither" else errors[1] > 3.0
+
+
 class OneRight(nn.Module):
     """Answer what is right, with noise, for the image as it is, and an exact mirror image for the turned one."""
 
@@ -374,7 +423,8 @@ class Still(nn.Module):
 def test_a_map_that_loses_the_content_never_wins() -> None:
     fit = AffineFit(Still())
     image = blob((12, 12), (5, 6), (2, 2))
-    misfits = fit._fit([torch.zeros_like(image), image], image)[1][:, 0]
+    whole = torch.tensor([True])
+    misfits = fit._fit([torch.zeros_like(image), image], image, whole, whole)[1][:, 0]
     assert misfits[0] >= 2 > 1 > misfits[1]
 
 

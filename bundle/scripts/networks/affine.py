@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..fields import full_precision, identity_grid, warp
-from .active import content_box, has_content, is_count, keep_if_content
+from .active import box_mask, content_box, field_of_view, has_content, is_count, keep_if_content
 from .combinators import Downsample, both, both_of_each
 from .rotation import turn, turn_matrix
 
@@ -161,6 +161,9 @@ def unexplained(ddf: torch.Tensor, weight: torch.Tensor, matrix: torch.Tensor) -
     return ((part * miss.square()).sum(dim=[1, 2]) + 1e-3) / ((part * away.square()).sum(dim=[1, 2]) + 1e-3)
 
 
+# First and last coordinate that an image shows, see `field_of_view`.
+_View = Tuple[torch.Tensor, torch.Tensor]
+
 # An image that a network is asked about, the share of content in its voxels, and the map to the image it was made of.
 _Coarse = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -193,6 +196,9 @@ class AffineFit(nn.Module):
 
     In training the answer is the network's own: every voxel of it gets its gradient, and turns and rounds are a search,
     in which no gradient chooses.
+
+    An image may be cut (`field_of_view`) and show less than the other. Then the first round goes by the voxels of the
+    image that is cut, which have partners, and in the further ones neither image shows what the other cannot.
 
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
@@ -265,9 +271,11 @@ class AffineFit(nn.Module):
 
     def _at_once(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the first or last misfit."""
-        maps, misfits = self._fit([moving], fixed)
+        uncut, fixed_uncut = _is_uncut(field_of_view(moving)), _is_uncut(field_of_view(fixed))
+        maps, misfits = self._fit([moving], fixed, uncut, fixed_uncut)
         matrix, misfit = self._go_on(maps, misfits, moving, fixed)
-        return matrix, torch.maximum(misfit, misfits[0])
+        # With what one image alone shows no map agrees in the first round.
+        return matrix, torch.where(uncut & fixed_uncut, torch.maximum(misfit, misfits[0]), misfit)
 
     def _search(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the map of all rounds from the best turn, `(B, D + 1, D + 1)`, float64, and its misfit `(B,)`."""
@@ -278,30 +286,43 @@ class AffineFit(nn.Module):
         self, maps: torch.Tensor, misfits: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return what further rounds make of the first one's maps, `(B, D + 1, D + 1)`, float64, and its misfit."""
-        shape = list(fixed.shape[2:])
+        shape, view, fixed_view = list(fixed.shape[2:]), field_of_view(moving), field_of_view(fixed)
+        shown = box_mask(fixed_view[0], fixed_view[1], shape)
+        alike = torch.ones_like(has_content(fixed))
         for k in range(1, self.rounds):
             maps, misfits = _best(maps, misfits, self.candidates if k == 1 else 1)
-            so_far = maps.unbind()
-            steps, misfits = self._fit([self._moved(moving, matrix, shape) for matrix in so_far], fixed)
-            maps = torch.stack([matrix @ step for matrix, step in zip(so_far, steps.unbind())])
+            steps, errors = [], []
+            for matrix in maps.unbind():
+                # What one image cannot show the other is not to show either: it would be matched with something else.
+                moved = self._moved(moving, matrix, shape) * shown
+                step, error = self._fit([moved], fixed * _shown_by(view, matrix, shape), alike, alike)
+                steps.append(matrix @ step[0])
+                errors.append(error[0])
+            maps, misfits = torch.stack(steps), torch.stack(errors)
         maps, misfits = _best(maps, misfits, 1)
         return maps[0], misfits[0]
 
     def _starts(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the maps of a first round for each turn, `(N, B, D + 1, D + 1)`, float64, and misfits `(N, B)`."""
-        maps, misfits = self._fit([turn(moving, perm, signs) for perm, signs in self.turns], fixed)
+        turned = [turn(moving, perm, signs) for perm, signs in self.turns]
+        maps, misfits = self._fit(turned, fixed, _is_uncut(field_of_view(moving)), _is_uncut(field_of_view(fixed)))
         shape = list(moving.shape[2:])
         back = [_turned_back(shape, perm, signs, maps).unsqueeze(0) for perm, signs in self.turns]
         return torch.stack(back) @ maps, misfits
 
-    def _fit(self, movings: List[torch.Tensor], fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return the maps of one round, `(N, B, D + 1, D + 1)`, float64, and their misfits `(N, B)`."""
+    def _fit(
+        self, movings: List[torch.Tensor], fixed: torch.Tensor, uncut: torch.Tensor, fixed_uncut: torch.Tensor
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the maps of one round, `(N, B, D + 1, D + 1)`, float64, and their misfits `(N, B)`.
+
+        `uncut` and `fixed_uncut`, `(B,)`, tell which images show all there is.
+        """
         here = self._coarse(fixed)
         coarse = [self._coarse(moving) for moving in movings]
         answers = self._answers([image for image, _, _ in coarse], here[0])
         first, last = content_box(fixed)
         point = (first + last).double() / 2
-        fits = [_joined(answer, there, here, point) for answer, there in zip(answers, coarse)]
+        fits = [_joined(answer, there, here, point, uncut, fixed_uncut) for answer, there in zip(answers, coarse)]
         return torch.stack([matrix for matrix, _ in fits]), torch.stack([misfit for _, misfit in fits])
 
     def _coarse(self, image: torch.Tensor) -> _Coarse:
@@ -345,18 +366,44 @@ def _content(image: torch.Tensor) -> torch.Tensor:
     return (image != 0).any(dim=1, keepdim=True)
 
 
+def _is_uncut(view: _View) -> torch.Tensor:
+    """Tell for each sample whether an image shows all there is, `(B,)`."""
+    return (view[0].isinf() & view[1].isinf()).all(dim=1)
+
+
+def _shown_by(view: _View, matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
+    """Return which voxels of a grid a map sends to where an image can show something, `(B, 1, *shape)`, boolean."""
+    to = affine_ddf(matrix, shape) + identity_grid(shape, matrix.dtype, matrix.device)
+    first, last = (side.reshape(list(side.shape) + [1] * len(shape)) for side in view)
+    return ((to >= first) & (to <= last)).all(dim=1, keepdim=True)
+
+
 def _joined(
-    answer: Tuple[torch.Tensor, torch.Tensor], moving: _Coarse, fixed: _Coarse, point: torch.Tensor
+    answer: Tuple[torch.Tensor, torch.Tensor],
+    moving: _Coarse,
+    fixed: _Coarse,
+    point: torch.Tensor,
+    uncut: torch.Tensor,
+    fixed_uncut: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return the map that joins what two directions answered, `(B, D + 1, D + 1)`, and how badly maps fit them."""
+    """Return the map that joins what two directions answered, `(B, D + 1, D + 1)`, and how badly maps fit them.
+
+    Where one image alone is cut its voxels have partners in the other, and their direction speaks for both.
+    """
     (ddf, back), (_, share, to_moving), (_, fixed_share, to_fixed) = answer, moving, fixed
     there, again = fit_affine(ddf, fixed_share), fit_affine(back, share)
-    misfit = unexplained(ddf, fixed_share, there) + unexplained(back, share, again)
+    misfit, misfit_back = unexplained(ddf, fixed_share, there), unexplained(back, share, again)
+    by_moving, by_fixed = fixed_uncut & ~uncut, uncut & ~fixed_uncut
+    misfit, misfit_back = torch.where(by_moving, misfit_back, misfit), torch.where(by_fixed, misfit, misfit_back)
+    there, again = (
+        torch.where(by_moving[:, None, None], torch.linalg.inv_ex(again)[0], there),
+        torch.where(by_fixed[:, None, None], torch.linalg.inv_ex(there)[0], again),
+    )
     from_moving, from_fixed = torch.linalg.inv(to_moving), torch.linalg.inv(to_fixed)
     matrix, fits = _halfway(to_moving @ there @ from_fixed, to_fixed @ again @ from_moving, point)
     # Maps that cannot be joined, and content that was lost on the way, are worse than any that explain anything.
     fits = fits & (share > 0).flatten(1).any(dim=1) & (fixed_share > 0).flatten(1).any(dim=1)
-    return matrix, misfit + 2.0 * (~fits).to(misfit.dtype)
+    return matrix, misfit + misfit_back + 2.0 * (~fits).to(misfit.dtype)
 
 
 def _best(maps: torch.Tensor, misfits: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
