@@ -193,7 +193,9 @@ def _elastix(threads: int) -> Registration:
         )[1]
 
         def field() -> torch.Tensor:
-            composed = itk.array_from_image(itk.transformix_deformation_field(images[1], found, log_to_console=False))
+            with tempfile.TemporaryDirectory() as folder:  # it writes a copy of the field, by default where one stands
+                ddf = itk.transformix_deformation_field(images[1], found, log_to_console=False, output_directory=folder)
+                composed = itk.array_from_image(ddf)
             return torch.from_numpy(composed.transpose(3, 2, 1, 0).copy()).float().unsqueeze(0)
 
         return field
