@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from torch import nn
 from equireg.fields import identity_grid, warp
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, AffineFit, CoordinateAttention, Downsample, PairNetwork
-from equireg.networks.active import content_box
-from equireg.networks.affine import affine_ddf, fit_affine, halfway, unexplained
+from equireg.networks.active import content_box, field_of_view
+from equireg.networks.affine import _is_uncut, affine_ddf, fit_affine, halfway, unexplained
 from equireg.networks.combinators import both_of_each
 from equireg.networks.rotation import rotation_group, turn, turn_matrix
 
@@ -272,6 +273,7 @@ def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch
     moving[4] = 0
     first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
     answers = [(there, torch.tensor([0.0, 0.01, 0.08, 0.08, 2.0])), (back, torch.tensor([0.0, 0.0, 0.03, 0.05, 2.0]))]
+    monkeypatch.setattr("equireg.networks.affine._is_uncut", lambda view: torch.ones(len(view[0]), dtype=torch.bool))
     monkeypatch.setattr(AffineFit, "_at_once", lambda _, m, f: (first[-len(m) :], misfits[-len(m) :]))
     monkeypatch.setattr(AffineFit, "_search", lambda *_: answers.pop(0))
     misfits = torch.tensor([0.01, 0.05, 0.08, 0.08, 2.0])
@@ -280,6 +282,22 @@ def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch
     expected[4] = 0
     assert torch.allclose(fit(moving, fixed), expected.float(), atol=1e-5) and not answers
     assert not fit(moving[4:], fixed[4:]).any()  # and asks no search
+
+
+def test_what_is_found_in_images_that_are_cut_must_be_clearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found at once; by a search; not better by a search; better the other way round; and better, but not by enough."""
+    images = content(6, 7, batch=5)
+    assert not _is_uncut(field_of_view(images)).any()
+    first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
+    answers = [
+        (there, torch.tensor([0.01, 0.025, 0.031, 0.09, 0.06])),
+        (back, torch.tensor([0.0, 0.0, 0.0, 0.03, 0.03])),
+    ]
+    monkeypatch.setattr(AffineFit, "_at_once", lambda *_: (first, torch.tensor([0.019, 0.03, 0.03, 0.08, 0.05])))
+    monkeypatch.setattr(AffineFit, "_search", lambda *_: answers.pop(0))
+    expected = affine_ddf(torch.stack([first[0], there[1], first[2], torch.linalg.inv(back[3]), first[4]]), [6, 7])
+    ddf = AffineFit(Blobs(0.7), 2, rotation_group(2, "pi")).eval()(images, images)
+    assert torch.allclose(ddf, expected.float(), atol=1e-5) and not answers
 
 
 def test_images_that_lie_alike_are_asked_about_once_a_round() -> None:
@@ -295,14 +313,23 @@ def test_images_that_lie_alike_are_asked_about_once_a_round() -> None:
     assert torch.equal(*answers) and len(asked) == 2 * 2 * 3
 
 
+def spindle(size: Sequence[int]) -> torch.Tensor:
+    """Return a mask, `(1, 1, *size)`, that touches each side of its box in few voxels."""
+    half = torch.tensor([(n - 1) / 2 for n in size], dtype=torch.float64).reshape(-1, *[1] * len(size))
+    away = (identity_grid(list(size), torch.float64)[0] - half).abs() / (half + 0.25)
+    return (away.sum(dim=0) <= 1.25)[None, None]
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_answers_follow_turns_of_the_moving_image(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AffineFit, "enough", 0.0)  # nothing is found at once
     net = randomized(CARL(dims, nesting="attention", factor=2, affine_rounds=3, affine_turns="grid", **SMALL))
     net, infer = net.double(), RegistrationInferer()
     moving, fixed = (
-        content(*size[:dims], seed=k, dtype=torch.float64) for k, size in enumerate([(13, 10, 9), (12, 11, 8)])
+        content(*size[:dims], seed=k, dtype=torch.float64) * spindle(size[:dims])
+        for k, size in enumerate([(13, 11, 9), (12, 11, 8)])
     )
+    assert _is_uncut(field_of_view(moving)) and _is_uncut(field_of_view(fixed))
     turns = rotation_group(dims, "grid")
     canvas = [16] * dims
     with torch.no_grad():

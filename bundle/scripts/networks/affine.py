@@ -198,7 +198,9 @@ class AffineFit(nn.Module):
     in which no gradient chooses.
 
     An image may be cut (`field_of_view`) and show less than the other. Then the first round goes by the voxels of the
-    image that is cut, which have partners, and in the further ones neither image shows what the other cannot.
+    image that is cut, which have partners, and in the further ones neither image shows what the other cannot. Then they
+    have less to contradict a wrong map with: half of `enough` is needed to do without the search, and its map is taken
+    only where it explains more.
 
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
@@ -249,15 +251,20 @@ class AffineFit(nn.Module):
         if self.training:
             return self.net(moving, fixed)
         matrix, misfit = self._at_once(moving, fixed)
-        lost = (misfit > self.enough) & has_content(moving) & has_content(fixed)
+        uncut = _is_uncut(field_of_view(moving)) & _is_uncut(field_of_view(fixed))
+        # Two images of which neither shows what the other cannot have less to contradict a wrong map with.
+        enough = torch.full_like(misfit, self.enough) * torch.where(uncut, 1.0, 0.5)
+        lost = (misfit > enough) & has_content(moving) & has_content(fixed)
         if len(self.turns) > 1 and _any_or_traced(lost):
-            turned, misfit = self._search(moving, fixed)
-            matrix = torch.where(lost[:, None, None], turned, matrix)
+            turned, left = self._search(moving, fixed)
+            better = lost & (uncut | (left < misfit))
+            matrix = torch.where(better[:, None, None], turned, matrix)
+            misfit = torch.where(better, left, misfit)
             lost = lost & (misfit > self.enough)
             if _any_or_traced(lost):
                 back, other = self._search(fixed, moving)
                 # Where neither finds anything each direction keeps its own answer: the two contradict each other.
-                found = lost & (other <= self.enough)
+                found = lost & (other <= self.enough) & (uncut | (other < 0.5 * misfit))
                 matrix = torch.where(found[:, None, None], torch.linalg.inv_ex(back)[0], matrix)
         ddf = affine_ddf(matrix, list(fixed.shape[2:]))
         return keep_if_content(ddf.to(full_precision(fixed[:0]).dtype), moving, fixed)
