@@ -70,17 +70,17 @@ def test_field_of_view_ends_where_an_object_is_cut(dims: int) -> None:
             image = whole.clone().transpose(2, 2 + axis)
             image[:, :, : low[axis] + by] = 0
             images.append(image.transpose(2, 2 + axis))
-            firsts.append([low[axis].item() + by - 0.5 if k == axis else -np.inf for k in range(dims)])
+            firsts.append([low[axis].item() + by if k == axis else -np.inf for k in range(dims)])
             lasts.append([np.inf] * dims)
             images.append(images[-1].flip(2 + axis))
             firsts.append([-np.inf] * dims)
-            lasts.append([55 - low[axis].item() - by + 0.5 if k == axis else np.inf for k in range(dims)])
+            lasts.append([55 - low[axis].item() - by if k == axis else np.inf for k in range(dims)])
     first, last = field_of_view(torch.cat(images))
     assert first.dtype == last.dtype == torch.float64
     assert first.tolist() == firsts and last.tolist() == lasts
     cropped = whole[(..., *(slice(a + 4, b - 4) for a, b in zip(low, high)))]  # fills its canvas
     first, last = field_of_view(cropped)
-    assert (first == -0.5).all() and last[0].tolist() == [size - 0.5 for size in cropped.shape[2:]]
+    assert (first == 0).all() and last[0].tolist() == [size - 1 for size in cropped.shape[2:]]
     several = torch.cat([torch.zeros_like(cropped), cropped], dim=1)  # content is that of any channel
     assert torch.equal(field_of_view(several)[1], last)
 

@@ -18,7 +18,7 @@ from equireg.fields import identity_grid, warp
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, AffineFit, CoordinateAttention, Downsample, PairNetwork
 from equireg.networks.active import content_box, field_of_view
-from equireg.networks.affine import _is_uncut, affine_ddf, fit_affine, halfway, unexplained
+from equireg.networks.affine import _is_cut, affine_ddf, fit_affine, halfway, unexplained
 from equireg.networks.combinators import both_of_each
 from equireg.networks.rotation import rotation_group, turn, turn_matrix
 
@@ -273,7 +273,7 @@ def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch
     moving[4] = 0
     first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
     answers = [(there, torch.tensor([0.0, 0.01, 0.08, 0.08, 2.0])), (back, torch.tensor([0.0, 0.0, 0.03, 0.05, 2.0]))]
-    monkeypatch.setattr("equireg.networks.affine._is_uncut", lambda view: torch.ones(len(view[0]), dtype=torch.bool))
+    monkeypatch.setattr("equireg.networks.affine._is_cut", lambda view: torch.zeros(len(view[0]), dtype=torch.bool))
     monkeypatch.setattr(AffineFit, "_at_once", lambda _, m, f: (first[-len(m) :], misfits[-len(m) :]))
     monkeypatch.setattr(AffineFit, "_search", lambda *_: answers.pop(0))
     misfits = torch.tensor([0.01, 0.05, 0.08, 0.08, 2.0])
@@ -287,7 +287,7 @@ def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch
 def test_what_is_found_in_images_that_are_cut_must_be_clearer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found at once; by a search; not better by a search; better the other way round; and better, but not by enough."""
     images = content(6, 7, batch=5)
-    assert not _is_uncut(field_of_view(images)).any()
+    assert _is_cut(field_of_view(images)).all()
     first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
     answers = [
         (there, torch.tensor([0.01, 0.025, 0.031, 0.09, 0.06])),
@@ -329,7 +329,7 @@ def test_answers_follow_turns_of_the_moving_image(dims: int, monkeypatch: pytest
         content(*size[:dims], seed=k, dtype=torch.float64) * spindle(size[:dims])
         for k, size in enumerate([(13, 11, 9), (12, 11, 8)])
     )
-    assert _is_uncut(field_of_view(moving)) and _is_uncut(field_of_view(fixed))
+    assert not _is_cut(field_of_view(moving)) and not _is_cut(field_of_view(fixed))
     turns = rotation_group(dims, "grid")
     canvas = [16] * dims
     with torch.no_grad():
@@ -389,8 +389,13 @@ class Nearest(nn.Module):
         return ddf
 
 
-@pytest.mark.parametrize("cut", ["neither", "moving", "fixed", "both", "both, differently"])
-def test_an_image_that_is_cut_is_found_in_one_that_is_not(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("cut", "rounds"),
+    [*((cut, 4) for cut in ("neither", "moving", "fixed", "both", "both, differently")), ("moving", 1), ("fixed", 1)],
+)
+def test_an_image_that_is_cut_is_found_in_one_that_is_not(
+    cut: str, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A known map between images of which one shows a part of the other; without the field of view it is missed."""
     shape, center = [60, 66], torch.tensor([30.0, 31.0], dtype=torch.float64).reshape(1, 2, 1, 1)
     true = torch.tensor([[[1.1, 0.2, -8.0], [-0.15, 0.95, 6.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
@@ -414,12 +419,44 @@ def test_an_image_that_is_cut_is_found_in_one_that_is_not(cut: str, monkeypatch:
     for seen in (True, False):
         if not seen:
             monkeypatch.setattr("equireg.networks.affine.field_of_view", lambda _: (-unbounded, unbounded))
-        matrix, misfit = AffineFit(Nearest(), 4).eval()._at_once(moving, fixed)
+        matrix, misfit = AffineFit(Nearest(), rounds).eval()._at_once(moving, fixed)
         errors.append(((affine_ddf(matrix - true, shape) + places) * whole).norm(dim=1).max().item())
         if seen:
             assert misfit < 0.01
     assert errors[0] < 1.0, "voxels are matched with whole voxels"
     assert errors[1] < 1.0 if cut == "neither" else errors[1] > 3.0
+
+
+class Centered(nn.Module):
+    """Send every voxel to nearly one point, as attention does that tells no voxels apart."""
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        first, last = content_box(moving)
+        at = identity_grid(list(fixed.shape[2:]), torch.float64)
+        return 0.5 * (first + last).double().reshape(1, -1, 1, 1) - 0.98 * at
+
+
+@pytest.mark.parametrize("cut", ["moving", "fixed"])
+def test_an_image_that_is_cut_does_not_explode_where_nothing_is_found(cut: str) -> None:
+    whole = place(spindle((25, 31)).double(), (60, 60), (20, 22))
+    part = whole.clone()
+    part[:, :, 32:] = 0
+    pair = (part, whole) if cut == "moving" else (whole, part)
+    assert [bool(_is_cut(field_of_view(image))) for image in pair] == [cut == "moving", cut == "fixed"]
+    ddf = AffineFit(Centered(), 1).eval()(*pair)
+    assert ddf.abs().max() < 10
+
+
+def test_maps_that_leave_little_to_see_are_refused() -> None:
+    image = place(spindle((25, 31)).double(), (60, 60), (20, 22))
+    part = image.clone()
+    part[:, :, 32:] = 0
+    misfits = []
+    for by in (0.0, 9.0):  # then rows of the fixed image that the moving one can show are only three of the tip
+        start = torch.eye(3, dtype=torch.float64)[None, None].clone()
+        start[..., 0, 2] = by
+        misfits.append(AffineFit(Still(), 2).eval()._go_on(start, torch.zeros(1, 1), part, image)[1].item())
+    assert misfits[0] < 1 < 2 <= misfits[1]
 
 
 class OneRight(nn.Module):

@@ -42,7 +42,7 @@ def test_brains_turned_far_apart_are_brought_together(
 
 
 def test_a_part_of_a_brain_is_found_in_another(root: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two thirds of the volume, at an unknown place: labels that it holds wholly overlap as those of whole brains do."""
+    """Two thirds of the volume, at an unknown place: labels that it holds wholly overlap as whole brains' do."""
     folder = shared_data / "brain_malf_2mm"
     if not folder.exists():
         pytest.skip("the folder brain_malf_2mm is not there")

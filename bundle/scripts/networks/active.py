@@ -175,21 +175,21 @@ def field_of_view(image: torch.Tensor, share: float = 0.4) -> Tuple[torch.Tensor
 
     Where an object ends little of it touches the side of its bounding box; where an image ends before the object does,
     much. Brains without skulls, 2 mm, cover at most 0.02 of a side where they end and 0.16 to 0.9 where more than a few
-    voxels are cut off. A ball passes for cut if its radius is less than about 4 voxels.
+    voxels are cut off. What is small may pass for cut: balls below a radius of 10 voxels, in 2D below 14.
 
     Args:
         image: `(B, C, *shape)`.
         share: a side is a cut if content covers more of it than this share of its length along each axis.
 
     Returns:
-        First and last coordinate that the image shows, both `(B, D)`, float64, voxels: half a voxel beyond the content
-        along an axis where it is cut, and infinite where it ends by itself or there is none.
+        First and last index that the image shows along each axis, both `(B, D)`, float64: the content's where it is
+        cut, and infinite where it ends by itself or there is none.
 
     Example:
         >>> tip = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
         >>> first, last = field_of_view(tip[None, None])
         >>> first.tolist(), last.tolist()  # it ends by itself at the top, and is cut elsewhere
-        ([[-inf, -0.5]], [[2.5, 2.5]])
+        ([[-inf, 0.0]], [[2.0, 2.0]])
     """
     content, dims = (image != 0).any(dim=1), image.dim() - 2
     first, last = content_box(image)
@@ -200,8 +200,8 @@ def field_of_view(image: torch.Tensor, share: float = 0.4) -> Tuple[torch.Tensor
         least = share ** (dims - 1) * size.prod(dim=1, keepdim=True) / size[:, k : k + 1]
         counts = content.transpose(1, 1 + k).unsqueeze(-1).flatten(2).sum(dim=2).double()  # (B, size)
         low, high = first[:, k : k + 1], last[:, k : k + 1]
-        firsts.append((low - 0.5).double().masked_fill(counts.gather(1, low) <= least, -float("inf")))
-        lasts.append((high + 0.5).double().masked_fill(counts.gather(1, high) <= least, float("inf")))
+        firsts.append(low.double().masked_fill(counts.gather(1, low) <= least, -float("inf")))
+        lasts.append(high.double().masked_fill(counts.gather(1, high) <= least, float("inf")))
     return torch.cat(firsts, dim=1), torch.cat(lasts, dim=1)
 
 
@@ -209,7 +209,7 @@ def box_mask(first: torch.Tensor, last: torch.Tensor, shape: List[int]) -> torch
     """Mark the voxels of a grid that lie in each sample's box.
 
     Args:
-        first: `(B, D)`, first index of the box along each axis; may lie outside the grid.
+        first: `(B, D)`, first index of the box along each axis; may lie outside the grid, and be infinite.
         last: `(B, D)`, last index.
         shape: shape of the grid.
 

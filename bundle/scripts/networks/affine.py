@@ -161,7 +161,7 @@ def unexplained(ddf: torch.Tensor, weight: torch.Tensor, matrix: torch.Tensor) -
     return ((part * miss.square()).sum(dim=[1, 2]) + 1e-3) / ((part * away.square()).sum(dim=[1, 2]) + 1e-3)
 
 
-# First and last coordinate that an image shows, see `field_of_view`.
+# First and last index that an image shows, see `field_of_view`.
 _View = Tuple[torch.Tensor, torch.Tensor]
 
 # An image that a network is asked about, the share of content in its voxels, and the map to the image it was made of.
@@ -197,10 +197,10 @@ class AffineFit(nn.Module):
     In training the answer is the network's own: every voxel of it gets its gradient, and turns and rounds are a search,
     in which no gradient chooses.
 
-    An image may be cut (`field_of_view`) and show less than the other. Then the first round goes by the voxels of the
-    image that is cut, which have partners, and in the further ones neither image shows what the other cannot. Then they
-    have less to contradict a wrong map with: half of `enough` is needed to do without the search, and its map is taken
-    only where it explains more.
+    An image may be cut (`field_of_view`) and show less than the other. If one alone is, the first round goes by its
+    voxels, which have partners; in the further ones neither image shows what the other cannot. Then they have less to
+    contradict a wrong map with: half of `enough` is needed to do without the search, whose map is taken only where it
+    explains more, so that turns are not followed exactly.
 
     Where the network is equivariant to translations of either image, so is the fit. In further rounds that needs room:
     what is moved beyond the fixed canvas is lost. `RegistrationInferer` gives every pair the same.
@@ -221,11 +221,13 @@ class AffineFit(nn.Module):
         [0.5]
     """
 
-    __constants__ = ["candidates", "enough", "pooled"]
+    __constants__ = ["candidates", "enough", "least_shown", "pooled"]
     candidates = 4  # starts that get a second round
     # Misfit above which nothing was found. On five pairs of brains it was 0.013 to 0.026 where the map was right and
     # 0.07 to 0.15 where it was wrong.
     enough = 0.04
+    # Share of the smaller image that both must show: where a map brings less of two images together it proves little.
+    least_shown = 0.25
     turns: List[List[List[int]]]
 
     def __init__(self, net: nn.Module, rounds: int = 1, turns: Sequence[Sequence[List[int]]] = ()) -> None:
@@ -251,20 +253,19 @@ class AffineFit(nn.Module):
         if self.training:
             return self.net(moving, fixed)
         matrix, misfit = self._at_once(moving, fixed)
-        uncut = _is_uncut(field_of_view(moving)) & _is_uncut(field_of_view(fixed))
+        cut = _is_cut(field_of_view(moving)) | _is_cut(field_of_view(fixed))
         # Two images of which neither shows what the other cannot have less to contradict a wrong map with.
-        enough = torch.full_like(misfit, self.enough) * torch.where(uncut, 1.0, 0.5)
-        lost = (misfit > enough) & has_content(moving) & has_content(fixed)
+        lost = (misfit > torch.where(cut, 0.5 * self.enough, self.enough)) & has_content(moving) & has_content(fixed)
         if len(self.turns) > 1 and _any_or_traced(lost):
             turned, left = self._search(moving, fixed)
-            better = lost & (uncut | (left < misfit))
+            better = lost & (~cut | (left < misfit))
             matrix = torch.where(better[:, None, None], turned, matrix)
             misfit = torch.where(better, left, misfit)
             lost = lost & (misfit > self.enough)
             if _any_or_traced(lost):
                 back, other = self._search(fixed, moving)
                 # Where neither finds anything each direction keeps its own answer: the two contradict each other.
-                found = lost & (other <= self.enough) & (uncut | (other < 0.5 * misfit))
+                found = lost & (other <= self.enough) & (~cut | (other < 0.5 * misfit))
                 matrix = torch.where(found[:, None, None], torch.linalg.inv_ex(back)[0], matrix)
         ddf = affine_ddf(matrix, list(fixed.shape[2:]))
         return keep_if_content(ddf.to(full_precision(fixed[:0]).dtype), moving, fixed)
@@ -278,11 +279,11 @@ class AffineFit(nn.Module):
 
     def _at_once(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the first or last misfit."""
-        uncut, fixed_uncut = _is_uncut(field_of_view(moving)), _is_uncut(field_of_view(fixed))
-        maps, misfits = self._fit([moving], fixed, uncut, fixed_uncut)
+        cut, fixed_cut = _is_cut(field_of_view(moving)), _is_cut(field_of_view(fixed))
+        maps, misfits = self._fit([moving], fixed, cut & ~fixed_cut, fixed_cut & ~cut)
         matrix, misfit = self._go_on(maps, misfits, moving, fixed)
         # With what one image alone shows no map agrees in the first round.
-        return matrix, torch.where(uncut & fixed_uncut, torch.maximum(misfit, misfits[0]), misfit)
+        return matrix, torch.where(cut | fixed_cut, misfit, torch.maximum(misfit, misfits[0]))
 
     def _search(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the map of all rounds from the best turn, `(B, D + 1, D + 1)`, float64, and its misfit `(B,)`."""
@@ -293,43 +294,48 @@ class AffineFit(nn.Module):
         self, maps: torch.Tensor, misfits: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return what further rounds make of the first one's maps, `(B, D + 1, D + 1)`, float64, and its misfit."""
-        shape, view, fixed_view = list(fixed.shape[2:]), field_of_view(moving), field_of_view(fixed)
-        shown = box_mask(fixed_view[0], fixed_view[1], shape)
-        alike = torch.ones_like(has_content(fixed))
+        shape = list(fixed.shape[2:])
+        neither = torch.zeros_like(has_content(fixed))
+        cut = _is_cut(field_of_view(moving)) | _is_cut(field_of_view(fixed))
+        any_cut = _any_or_traced(cut)
         for k in range(1, self.rounds):
             maps, misfits = _best(maps, misfits, self.candidates if k == 1 else 1)
-            steps, errors = [], []
-            for matrix in maps.unbind():
-                # What one image cannot show the other is not to show either: it would be matched with something else.
-                moved = self._moved(moving, matrix, shape) * shown
-                step, error = self._fit([moved], fixed * _shown_by(view, matrix, shape), alike, alike)
-                steps.append(matrix @ step[0])
-                errors.append(error[0])
-            maps, misfits = torch.stack(steps), torch.stack(errors)
+            so_far = maps.unbind()
+            moved = [self._moved(moving, matrix, shape) for matrix in so_far]
+            if any_cut:
+                parts = [_shown_by_both(one, moving, fixed, matrix) for one, matrix in zip(moved, so_far)]
+                fits = [self._fit([one], other, neither, neither) for one, other, _ in parts]
+                steps = torch.cat([step for step, _ in fits])
+                lost = torch.stack([cut & (share < self.least_shown) for _, _, share in parts])
+                misfits = torch.cat([error for _, error in fits]) + 2.0 * lost.to(misfits.dtype)
+            else:
+                steps, misfits = self._fit(moved, fixed, neither, neither)
+            maps = torch.stack([matrix @ step for matrix, step in zip(so_far, steps.unbind())])
         maps, misfits = _best(maps, misfits, 1)
         return maps[0], misfits[0]
 
     def _starts(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the maps of a first round for each turn, `(N, B, D + 1, D + 1)`, float64, and misfits `(N, B)`."""
         turned = [turn(moving, perm, signs) for perm, signs in self.turns]
-        maps, misfits = self._fit(turned, fixed, _is_uncut(field_of_view(moving)), _is_uncut(field_of_view(fixed)))
+        cut, fixed_cut = _is_cut(field_of_view(moving)), _is_cut(field_of_view(fixed))
+        maps, misfits = self._fit(turned, fixed, cut & ~fixed_cut, fixed_cut & ~cut)
         shape = list(moving.shape[2:])
         back = [_turned_back(shape, perm, signs, maps).unsqueeze(0) for perm, signs in self.turns]
         return torch.stack(back) @ maps, misfits
 
     def _fit(
-        self, movings: List[torch.Tensor], fixed: torch.Tensor, uncut: torch.Tensor, fixed_uncut: torch.Tensor
+        self, movings: List[torch.Tensor], fixed: torch.Tensor, by_moving: torch.Tensor, by_fixed: torch.Tensor
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the maps of one round, `(N, B, D + 1, D + 1)`, float64, and their misfits `(N, B)`.
 
-        `uncut` and `fixed_uncut`, `(B,)`, tell which images show all there is.
+        `by_moving` and `by_fixed`, `(B,)`, tell whose voxels alone have partners in the other.
         """
         here = self._coarse(fixed)
         coarse = [self._coarse(moving) for moving in movings]
         answers = self._answers([image for image, _, _ in coarse], here[0])
         first, last = content_box(fixed)
         point = (first + last).double() / 2
-        fits = [_joined(answer, there, here, point, uncut, fixed_uncut) for answer, there in zip(answers, coarse)]
+        fits = [_joined(answer, there, here, point, by_moving, by_fixed) for answer, there in zip(answers, coarse)]
         return torch.stack([matrix for matrix, _ in fits]), torch.stack([misfit for _, misfit in fits])
 
     def _coarse(self, image: torch.Tensor) -> _Coarse:
@@ -373,16 +379,32 @@ def _content(image: torch.Tensor) -> torch.Tensor:
     return (image != 0).any(dim=1, keepdim=True)
 
 
-def _is_uncut(view: _View) -> torch.Tensor:
-    """Tell for each sample whether an image shows all there is, `(B,)`."""
-    return (view[0].isinf() & view[1].isinf()).all(dim=1)
+def _is_cut(view: _View) -> torch.Tensor:
+    """Tell for each sample whether an image may show less than there is, `(B,)`."""
+    return (view[0].isfinite() | view[1].isfinite()).any(dim=1)
 
 
-def _shown_by(view: _View, matrix: torch.Tensor, shape: List[int]) -> torch.Tensor:
-    """Return which voxels of a grid a map sends to where an image can show something, `(B, 1, *shape)`, boolean."""
-    to = affine_ddf(matrix, shape) + identity_grid(shape, matrix.dtype, matrix.device)
-    first, last = (side.reshape(list(side.shape) + [1] * len(shape)) for side in view)
-    return ((to >= first) & (to <= last)).all(dim=1, keepdim=True)
+def _shown_by_both(
+    moved: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, matrix: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty both images where a map says that the other is cut.
+
+    Returns:
+        The moved and the fixed image `(B, C, *fixed shape)`, and the least share of the smaller of the images that is
+        left in either, `(B,)`.
+    """
+    shape, view, fixed_view = list(fixed.shape[2:]), field_of_view(moving), field_of_view(fixed)
+    inside = torch.ones_like(_content(fixed))
+    at = identity_grid(shape, matrix.dtype, matrix.device)
+    for k in range(len(shape)):
+        row = matrix[:, k].reshape([-1, len(shape) + 1] + [1] * len(shape))
+        to = (row[:, :-1] * at).sum(dim=1, keepdim=True) + row[:, -1:]
+        first, last = (side[:, k].reshape([-1, 1] + [1] * len(shape)) for side in view)
+        # At displacements by halves of a voxel, which are common, rounding would decide: as far as content is moved.
+        inside = inside & (to > first - 0.6) & (to < last + 0.6)
+    moved, part = moved * box_mask(fixed_view[0], fixed_view[1], shape), fixed * inside
+    sizes = [_content(image).flatten(1).sum(dim=1).double() for image in (moved, part, moving, fixed)]
+    return moved, part, torch.minimum(sizes[0], sizes[1]) / torch.minimum(sizes[2], sizes[3]).clamp(min=1.0)
 
 
 def _joined(
@@ -390,27 +412,31 @@ def _joined(
     moving: _Coarse,
     fixed: _Coarse,
     point: torch.Tensor,
-    uncut: torch.Tensor,
-    fixed_uncut: torch.Tensor,
+    by_moving: torch.Tensor,
+    by_fixed: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return the map that joins what two directions answered, `(B, D + 1, D + 1)`, and how badly maps fit them.
 
-    Where one image alone is cut its voxels have partners in the other, and their direction speaks for both.
+    Where the voxels of one image alone have partners their direction speaks for both, unless it has no inverse.
     """
     (ddf, back), (_, share, to_moving), (_, fixed_share, to_fixed) = answer, moving, fixed
     there, again = fit_affine(ddf, fixed_share), fit_affine(back, share)
     misfit, misfit_back = unexplained(ddf, fixed_share, there), unexplained(back, share, again)
-    by_moving, by_fixed = fixed_uncut & ~uncut, uncut & ~fixed_uncut
     misfit, misfit_back = torch.where(by_moving, misfit_back, misfit), torch.where(by_fixed, misfit, misfit_back)
-    there, again = (
-        torch.where(by_moving[:, None, None], torch.linalg.inv_ex(again)[0], there),
-        torch.where(by_fixed[:, None, None], torch.linalg.inv_ex(there)[0], again),
-    )
+    there, again = _instead(there, again, by_moving), _instead(again, there, by_fixed)
     from_moving, from_fixed = torch.linalg.inv(to_moving), torch.linalg.inv(to_fixed)
     matrix, fits = _halfway(to_moving @ there @ from_fixed, to_fixed @ again @ from_moving, point)
     # Maps that cannot be joined, and content that was lost on the way, are worse than any that explain anything.
     fits = fits & (share > 0).flatten(1).any(dim=1) & (fixed_share > 0).flatten(1).any(dim=1)
     return matrix, misfit + misfit_back + 2.0 * (~fits).to(misfit.dtype)
+
+
+def _instead(matrix: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return maps, `(B, D + 1, D + 1)`, and of some samples the inverse of another, if it changes volumes sensibly."""
+    volume = torch.linalg.det(other[:, :-1, :-1])
+    where = (where & (volume > 0.125) & (volume < 8.0))[:, None, None]
+    identity = torch.eye(other.shape[1], dtype=other.dtype, device=other.device).expand_as(other)
+    return torch.where(where, torch.linalg.inv_ex(torch.where(where, other, identity))[0], matrix)
 
 
 def _best(maps: torch.Tensor, misfits: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
