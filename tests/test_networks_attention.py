@@ -158,19 +158,20 @@ def running(net: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("two_way", [False, True])
 @pytest.mark.parametrize("factor", [1, 3])
 def test_an_empty_pair_leaves_its_batch_in_training_alone(factor: int, two_way: bool) -> None:
-    net = Downsample(attention(2), factor, content_phase=True).train()
+    net = Downsample(attention(2), factor, content_phase=True).double().train()
     twin = copy.deepcopy(net)
-    moving, fixed = place(content(9, 8), (21, 18), (3, 8)), place(content(8, 9, seed=1), (21, 18), (10, 2))
+    moving = place(content(9, 8, dtype=torch.float64), (21, 18), (3, 8))
+    fixed = place(content(8, 9, seed=1, dtype=torch.float64), (21, 18), (10, 2))
 
     def answer(net: nn.Module, *pair: torch.Tensor) -> torch.Tensor:
         return torch.cat(net.both(*pair) if two_way else [net(*pair)], dim=1)
 
     alone = answer(net, moving, fixed)
     together = answer(twin, *(torch.cat([torch.zeros_like(image), image]) for image in (moving, fixed)))
-    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-10)
     assert (together[0] == 0).all() and alone.std() > 0.1
     for name, value in running(net).items():
-        torch.testing.assert_close(running(twin)[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(running(twin)[name], value, rtol=0, atol=1e-12)
     together.square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in twin.parameters())
 

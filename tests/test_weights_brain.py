@@ -49,7 +49,7 @@ def test_a_part_of_a_brain_is_found_in_another(root: Path, shared_data: Path, mo
     monkeypatch.syspath_prepend(str(root / "bundle" / "docs" / "results"))
     compare = importlib.import_module("compare")
     data, number = compare.DATA["brain"], 5
-    item = compare.pairs(data, folder, "validation", number + 1)[number]
+    item = compare.pairs(data, folder, "validation", 12)[number]
     part = compare.cropped(item, 0.7, "moving", number, keep=False)
     labels = compare.whole(compare.common_labels(data, folder), item, part, "moving")
     images = compare.shifted(part, 0)
