@@ -85,6 +85,19 @@ def test_field_of_view_ends_where_an_object_is_cut(dims: int) -> None:
     assert torch.equal(field_of_view(several)[1], last)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_no_ball_passes_for_cut_and_halves_do(dims: int) -> None:
+    at = torch.stack(torch.meshgrid(*[torch.arange(36.0)] * dims, indexing="ij"))
+    for radius in np.arange(0.6, 16, 0.7):
+        for center in (17.0, 17.5, 17.3):
+            ball = ((at - center).square().sum(dim=0) <= radius**2).float()[None, None]
+            first, last = field_of_view(ball)
+            assert (first == -np.inf).all() and (last == np.inf).all()
+            half = ball.clone()
+            half[:, :, :17] = 0
+            assert field_of_view(half)[0][0, 0] == 17 or radius < 7
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_box_mask_equals_a_loop(shape: tuple[int, ...]) -> None:
     """Each sample has its own box; boxes reach over the grid and one is empty."""

@@ -175,7 +175,8 @@ def field_of_view(image: torch.Tensor, share: float = 0.4) -> Tuple[torch.Tensor
 
     Where an object ends little of it touches the side of its bounding box; where an image ends before the object does,
     much. Brains without skulls, 2 mm, cover at most 0.02 of a side where they end and 0.16 to 0.9 where more than a few
-    voxels are cut off. What is small may pass for cut: balls below a radius of 10 voxels, in 2D below 14.
+    voxels are cut off. Of the box of a ball, `n` voxels wide, its outermost layer covers less than `5 / n` (of a
+    disc's, the root of that): what is small is taken for cut only where it covers more.
 
     Args:
         image: `(B, C, *shape)`.
@@ -186,10 +187,12 @@ def field_of_view(image: torch.Tensor, share: float = 0.4) -> Tuple[torch.Tensor
         cut, and infinite where it ends by itself or there is none.
 
     Example:
-        >>> tip = torch.tensor([[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
-        >>> first, last = field_of_view(tip[None, None])
-        >>> first.tolist(), last.tolist()  # it ends by itself at the top, and is cut elsewhere
-        ([[-inf, 0.0]], [[2.0, 2.0]])
+        >>> away = torch.arange(20.0) - 9
+        >>> disc = (away[:, None].square() + away.square() <= 64).float()
+        >>> disc[12:] = 0
+        >>> first, last = field_of_view(disc[None, None])
+        >>> first.tolist(), last.tolist()
+        ([[-inf, -inf]], [[11.0, inf]])
     """
     content, dims = (image != 0).any(dim=1), image.dim() - 2
     first, last = content_box(image)
@@ -197,7 +200,9 @@ def field_of_view(image: torch.Tensor, share: float = 0.4) -> Tuple[torch.Tensor
     firsts: List[torch.Tensor] = []
     lasts: List[torch.Tensor] = []
     for k in range(dims):
-        least = share ** (dims - 1) * size.prod(dim=1, keepdim=True) / size[:, k : k + 1]
+        thick = size[:, k : k + 1]
+        round_one = (5.0 / thick) ** (0.5 * (dims - 1))
+        least = round_one.clamp(min=share ** (dims - 1)) * size.prod(dim=1, keepdim=True) / thick
         counts = content.transpose(1, 1 + k).unsqueeze(-1).flatten(2).sum(dim=2).double()  # (B, size)
         low, high = first[:, k : k + 1], last[:, k : k + 1]
         firsts.append(low.double().masked_fill(counts.gather(1, low) <= least, -float("inf")))
