@@ -487,8 +487,8 @@ class Still(nn.Module):
 def test_a_map_that_loses_the_content_never_wins() -> None:
     fit = AffineFit(Still())
     image = blob((12, 12), (5, 6), (2, 2))
-    whole = torch.tensor([True])
-    misfits = fit._fit([torch.zeros_like(image), image], image, whole, whole)[1][:, 0]
+    neither = torch.tensor([False])  # is cut
+    misfits = fit._fit([torch.zeros_like(image), image], image, neither, neither)[1][:, 0]
     assert misfits[0] >= 2 > 1 > misfits[1]
 
 
