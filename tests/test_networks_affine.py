@@ -17,7 +17,7 @@ from torch import nn
 from equireg.fields import identity_grid, warp
 from equireg.inferer import RegistrationInferer
 from equireg.networks import CARL, AffineFit, CoordinateAttention, Downsample, PairNetwork
-from equireg.networks.active import content_box, field_of_view
+from equireg.networks.active import content_box
 from equireg.networks.affine import _is_cut, affine_ddf, fit_affine, halfway, unexplained
 from equireg.networks.combinators import both_of_each
 from equireg.networks.rotation import rotation_group, turn, turn_matrix
@@ -273,7 +273,7 @@ def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch
     moving[4] = 0
     first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
     answers = [(there, torch.tensor([0.0, 0.01, 0.08, 0.08, 2.0])), (back, torch.tensor([0.0, 0.0, 0.03, 0.05, 2.0]))]
-    monkeypatch.setattr("equireg.networks.affine._is_cut", lambda view: torch.zeros(len(view[0]), dtype=torch.bool))
+    monkeypatch.setattr("equireg.networks.affine._is_cut", lambda image: torch.zeros(len(image), dtype=torch.bool))
     monkeypatch.setattr(AffineFit, "_at_once", lambda _, m, f: (first[-len(m) :], misfits[-len(m) :]))
     monkeypatch.setattr(AffineFit, "_search", lambda *_: answers.pop(0))
     misfits = torch.tensor([0.01, 0.05, 0.08, 0.08, 2.0])
@@ -287,7 +287,7 @@ def test_each_sample_takes_the_way_that_finds_it(monkeypatch: pytest.MonkeyPatch
 def test_what_is_found_in_images_that_are_cut_must_be_clearer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found at once; by a search; not better by a search; better the other way round; and better, but not by enough."""
     images = content(6, 7, batch=5)
-    assert _is_cut(field_of_view(images)).all()
+    assert _is_cut(images).all()
     first, there, back = (torch.cat([matrix(2, seed + k) for k in range(3)])[:5] for seed in (0, 3, 6))
     answers = [
         (there, torch.tensor([0.01, 0.025, 0.031, 0.09, 0.06])),
@@ -329,7 +329,7 @@ def test_answers_follow_turns_of_the_moving_image(dims: int, monkeypatch: pytest
         content(*size[:dims], seed=k, dtype=torch.float64) * spindle(size[:dims])
         for k, size in enumerate([(13, 11, 9), (12, 11, 8)])
     )
-    assert not _is_cut(field_of_view(moving)) and not _is_cut(field_of_view(fixed))
+    assert not _is_cut(moving) and not _is_cut(fixed)
     turns = rotation_group(dims, "grid")
     canvas = [16] * dims
     with torch.no_grad():
@@ -442,7 +442,7 @@ def test_an_image_that_is_cut_does_not_explode_where_nothing_is_found(cut: str) 
     part = whole.clone()
     part[:, :, 32:] = 0
     pair = (part, whole) if cut == "moving" else (whole, part)
-    assert [bool(_is_cut(field_of_view(image))) for image in pair] == [cut == "moving", cut == "fixed"]
+    assert [bool(_is_cut(image)) for image in pair] == [cut == "moving", cut == "fixed"]
     ddf = AffineFit(Centered(), 1).eval()(*pair)
     assert ddf.abs().max() < 10
 

@@ -161,9 +161,6 @@ def unexplained(ddf: torch.Tensor, weight: torch.Tensor, matrix: torch.Tensor) -
     return ((part * miss.square()).sum(dim=[1, 2]) + 1e-3) / ((part * away.square()).sum(dim=[1, 2]) + 1e-3)
 
 
-# First and last index that an image shows, see `field_of_view`.
-_View = Tuple[torch.Tensor, torch.Tensor]
-
 # An image that a network is asked about, the share of content in its voxels, and the map to the image it was made of.
 _Coarse = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -253,7 +250,7 @@ class AffineFit(nn.Module):
         if self.training:
             return self.net(moving, fixed)
         matrix, misfit = self._at_once(moving, fixed)
-        cut = _is_cut(field_of_view(moving)) | _is_cut(field_of_view(fixed))
+        cut = _is_cut(moving) | _is_cut(fixed)
         # Two images of which neither shows what the other cannot have less to contradict a wrong map with.
         lost = (misfit > torch.where(cut, 0.5 * self.enough, self.enough)) & has_content(moving) & has_content(fixed)
         if len(self.turns) > 1 and _any_or_traced(lost):
@@ -279,7 +276,7 @@ class AffineFit(nn.Module):
 
     def _at_once(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the map of all rounds of the image as it is, `(B, D + 1, D + 1)`, and the first or last misfit."""
-        cut, fixed_cut = _is_cut(field_of_view(moving)), _is_cut(field_of_view(fixed))
+        cut, fixed_cut = _is_cut(moving), _is_cut(fixed)
         maps, misfits = self._fit([moving], fixed, cut & ~fixed_cut, fixed_cut & ~cut)
         matrix, misfit = self._go_on(maps, misfits, moving, fixed)
         # With what one image alone shows no map agrees in the first round.
@@ -296,7 +293,7 @@ class AffineFit(nn.Module):
         """Return what further rounds make of the first one's maps, `(B, D + 1, D + 1)`, float64, and its misfit."""
         shape = list(fixed.shape[2:])
         neither = torch.zeros_like(has_content(fixed))
-        cut = _is_cut(field_of_view(moving)) | _is_cut(field_of_view(fixed))
+        cut = _is_cut(moving) | _is_cut(fixed)
         any_cut = _any_or_traced(cut)
         for k in range(1, self.rounds):
             maps, misfits = _best(maps, misfits, self.candidates if k == 1 else 1)
@@ -317,7 +314,7 @@ class AffineFit(nn.Module):
     def _starts(self, moving: torch.Tensor, fixed: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return the maps of a first round for each turn, `(N, B, D + 1, D + 1)`, float64, and misfits `(N, B)`."""
         turned = [turn(moving, perm, signs) for perm, signs in self.turns]
-        cut, fixed_cut = _is_cut(field_of_view(moving)), _is_cut(field_of_view(fixed))
+        cut, fixed_cut = _is_cut(moving), _is_cut(fixed)
         maps, misfits = self._fit(turned, fixed, cut & ~fixed_cut, fixed_cut & ~cut)
         shape = list(moving.shape[2:])
         back = [_turned_back(shape, perm, signs, maps).unsqueeze(0) for perm, signs in self.turns]
@@ -379,9 +376,10 @@ def _content(image: torch.Tensor) -> torch.Tensor:
     return (image != 0).any(dim=1, keepdim=True)
 
 
-def _is_cut(view: _View) -> torch.Tensor:
+def _is_cut(image: torch.Tensor) -> torch.Tensor:
     """Tell for each sample whether an image may show less than there is, `(B,)`."""
-    return (view[0].isfinite() | view[1].isfinite()).any(dim=1)
+    first, last = field_of_view(image)
+    return (first.isfinite() | last.isfinite()).any(dim=1)
 
 
 def _shown_by_both(
