@@ -170,6 +170,17 @@ def test_other_losses_take_their_places_and_regularity_warms_up(tmp_path: Path) 
     assert all(torch.isfinite(value).all() for value in checkpoint(tmp_path)["model"].values())
 
 
+def test_gradients_are_clipped_where_that_is_asked_for(tmp_path: Path) -> None:
+    norms = {}
+    for limit in (0.0, 1e-3):
+        made = workflow("train", "train", **settings(tmp_path / str(limit), max_gradient_norm=limit))
+        network = made.parser.get_parsed_content("network_def")
+        made.run()
+        gradients = [value.grad for value in network.parameters() if value.grad is not None]
+        norms[limit] = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    assert norms[0.0] > 2e-3 and norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_the_learning_rate_follows_the_epochs_that_a_host_asks_for(tmp_path: Path) -> None:
     """MONAI Label sets the trainer's epochs, not the config's."""
     made = workflow("train", "train", **settings(tmp_path), **{"train#trainer#max_epochs": 4})

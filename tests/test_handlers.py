@@ -14,7 +14,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from torch import nn
 
 from equireg.fields import warp
-from equireg.handlers import AttentionMonitor, EpochCheckpoint, StopOnNonFiniteLoss
+from equireg.handlers import AttentionMonitor, ClipGradients, EpochCheckpoint, StopOnNonFiniteLoss
 from equireg.networks import CARL, PairNetwork
 
 METRIC = "score"
@@ -92,6 +92,41 @@ def test_finite_losses_pass(tmp_path: Path) -> None:
     training = Training(tmp_path, epochs=2)
     StopOnNonFiniteLoss().attach(training.trainer)
     assert training.run().epochs == [1, 2]
+
+
+# ---- clipping
+
+
+def gradients(folder: Path, max_norm: float | None, wild: int) -> list[torch.Tensor]:
+    """Train for six steps, the loss of one of them a million times as large; return the gradient of each step."""
+    training, steps = Training(folder, epochs=3), []
+    training.optimizer.param_groups[0]["lr"] = 0.0  # all runs see the same weights
+    if max_norm is not None:
+        ClipGradients(training.network.parameters(), max_norm).attach(training.trainer)
+
+    def keep(engine: Engine) -> None:
+        steps.append(torch.cat([value.grad.flatten() for value in training.network.parameters()]))
+
+    training.trainer.add_event_handler(Events.ITERATION_COMPLETED, keep)
+    mean_squares = nn.MSELoss()
+    training.trainer.loss_function = lambda pred, label: mean_squares(pred, label) * (1e6 if len(steps) == wild else 1)
+    training.run()
+    return steps
+
+
+def test_only_gradients_that_are_too_long_are_clipped(tmp_path: Path) -> None:
+    plain = gradients(tmp_path / "plain", None, wild=3)
+    limit = 2 * max(step.norm().item() for number, step in enumerate(plain) if number != 3)
+    clipped = gradients(tmp_path / "clipped", limit, wild=3)
+    assert all(torch.equal(clipped[number], plain[number]) for number in range(6) if number != 3)
+    assert plain[3].norm() > 1e4 * limit and clipped[3].norm().item() == pytest.approx(limit, rel=1e-4)
+    assert torch.allclose(clipped[3] / limit, plain[3] / plain[3].norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_a_norm_that_clips_everything_is_refused(max_norm: float) -> None:
+    with pytest.raises(ValueError, match="max_norm must be positive, got"):
+        ClipGradients([], max_norm)
 
 
 # ---- checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 import ignite.distributed as idist
 import numpy as np
@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.networks.utils import eval_mode
 from monai.transforms import Randomizable
+from torch import nn
 
 from .fields import warp
 from .losses import RegistrationLoss
@@ -22,6 +23,7 @@ from .weights import read_tensors, save_atomically
 
 __all__ = [
     "AttentionMonitor",
+    "ClipGradients",
     "EpochCheckpoint",
     "EpochSeed",
     "RegularityWarmup",
@@ -75,6 +77,42 @@ class StopOnNonFiniteLoss:
                 f"the loss became {output['loss'].item()} in iteration {engine.state.iteration} (epoch "
                 f"{engine.state.epoch}); training stopped, the last checkpoint is the one before it."
             )
+
+
+class ClipGradients:
+    """Scale the gradient of each step down to a norm that it must not exceed.
+
+    One pair that is answered wildly has a gradient hundreds of times as long as others. Adam divides by the root of a
+    running mean of squares, which remembers it for thousands of steps, in which training all but stands still.
+
+    Args:
+        parameters: of the network that is trained.
+        max_norm: the norm, over all parameters together.
+
+    Raises:
+        ValueError: if `max_norm` is not positive.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([30.0, 40.0])
+        >>> ClipGradients([weight], max_norm=5.0)(Engine(lambda engine, batch: None))
+        >>> weight.grad
+        tensor([3.0000, 4.0000])
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}.")
+        self.parameters = list(parameters)
+        self.max_norm = float(max_norm)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a `SupervisedTrainer`, to run between the gradient and the optimizer's step."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Scale the gradients, where they are too long together."""
+        nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
 
 
 class AttentionMonitor:
