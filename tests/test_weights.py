@@ -14,7 +14,7 @@ from helpers_networks import SMALL, content, randomized
 
 from equireg import weights
 from equireg.networks import CARL, PairNetwork
-from equireg.weights import load_network, read_state, save_atomically, save_weights, shipped_weights
+from equireg.weights import average_weights, load_network, read_state, save_atomically, save_weights, shipped_weights
 
 MODELS = Path(__file__).parents[1] / "bundle" / "models"
 CONFIGS = MODELS.parent / "configs"
@@ -62,6 +62,32 @@ def test_half_precision_on_disk_is_float32_in_memory(net: CARL, tmp_path: Path) 
         assert loaded.get_parameter(name).dtype == torch.float32
         assert torch.equal(loaded.get_parameter(name), value.half().float())
     PairNetwork(CARL(**net.arguments)).load_state_dict(stored)
+
+
+def test_an_average_lies_between_the_weights(net: CARL, tmp_path: Path) -> None:
+    other = randomized(CARL(**net.arguments))
+    paths = [written(net.state_dict(), tmp_path / "a.pt")]
+    paths.append(written({"model": PairNetwork(other).state_dict()}, tmp_path / "b.pt"))  # a checkpoint
+    average_weights(paths, tmp_path / "mean.pt")
+    mean = load_network(tmp_path / "mean.pt")
+    assert mean.arguments == net.arguments
+    for name, value in net.named_parameters():
+        between = 0.5 * (value + other.get_parameter(name))
+        assert torch.allclose(mean.get_parameter(name), between) and not torch.allclose(between, value)
+    average_weights(paths[:1], tmp_path / "same.pt")
+    same = load_network(tmp_path / "same.pt").state_dict()
+    assert all(torch.equal(value, same[name]) for name, value in net.state_dict().items())
+
+
+def test_weights_of_different_networks_are_not_averaged(net: CARL, tmp_path: Path) -> None:
+    first = written(net.state_dict(), tmp_path / "a.pt")
+    for number, change in enumerate(({"padding": 5}, {"feature_channels": 6})):  # the first has the same shapes
+        other = written(CARL(**{**net.arguments, **change}).state_dict(), tmp_path / f"{number}.pt")
+        with pytest.raises(ValueError, match=rf"expected weights of one network, got others in .*{number}\.pt than in"):
+            average_weights([first, other], tmp_path / "mean.pt")
+    with pytest.raises(ValueError, match="expected at least one weights file to average, got none"):
+        average_weights([], tmp_path / "mean.pt")
+    assert not (tmp_path / "mean.pt").exists()
 
 
 # ---- what cannot be loaded

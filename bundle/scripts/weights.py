@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .networks.carl import CARL, arguments_from_state
 from .networks.pair import PairNetwork
 
 __all__ = [
+    "average_weights",
     "load_into",
     "load_network",
     "read_state",
@@ -238,6 +239,38 @@ def save_weights(source: str | Path, target: str | Path) -> str:
     state = {f"net.{k}": v.half() if v.is_floating_point() else v for k, v in read_state(source).items()}
     save_atomically(state, target)
     return _sha256(Path(target))
+
+
+def average_weights(sources: Sequence[str | Path], target: str | Path) -> None:
+    """Average, number by number, the weights of trainings that went on from one and the same network.
+
+    Such trainings mostly end in one valley of the loss, and what lies between them generalizes better than each.
+
+    Reference: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
+    increasing inference time", ICML 2022, https://arxiv.org/abs/2203.05482.
+
+    Args:
+        sources: weights files or checkpoints, see `read_state`. What is not a floating point number, such as counters,
+            is taken from the first.
+        target: the file to write, flat; it appears only when complete.
+
+    Raises:
+        ValueError: if there are no sources, or they are not of one network.
+    """
+    states = [read_state(source) for source in sources]
+    if not states:
+        raise ValueError("expected at least one weights file to average, got none.")
+    first = states[0]
+    shapes = {name: value.shape for name, value in first.items()}
+    for source, state in zip(sources, states):
+        arguments = (each.get(_ARGUMENTS_KEY, torch.empty(0)) for each in (first, state))
+        if {name: value.shape for name, value in state.items()} != shapes or not torch.equal(*arguments):
+            raise ValueError(f"expected weights of one network, got others in {source} than in {sources[0]}.")
+    means = {
+        name: torch.stack([state[name] for state in states]).mean(dim=0) if value.is_floating_point() else value
+        for name, value in first.items()
+    }
+    save_atomically({f"net.{name}": value for name, value in means.items()}, target)
 
 
 def save_atomically(content: Any, path: str | Path) -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train the weights `hippocampus_labels` as they were trained: bash train_hippocampus_labels.sh DATASET_DIR OUTPUT_DIR
-# Three stages from the shipped `hippocampus` on, with the labels of the training subjects in the loss. The first two saw
-# flips alone and were stopped before their learning rate was down.
+# Stages from the shipped `hippocampus` on, with the labels of the training subjects in the loss. The first two saw flips
+# alone and were stopped before their learning rate was down; the last two both go on from the third, and their average
+# is what is shipped.
 set -euo pipefail
 dataset=$(realpath "$1")
 output=$(realpath -m "$2")
@@ -21,3 +22,9 @@ stage 1 hippocampus --epochs 24 --lr_scheduler#lr_lambda#epochs 30 --val_interva
 stage 2 "$output/1/model.pt" --epochs 37 --lr_scheduler#lr_lambda#epochs 40 --val_interval 4 --learning_rate 0.0005 --seed 4 \
     --train#random_transforms "$flips"
 stage 3 "$output/2/model.pt" --epochs 20 --val_interval 2 --learning_rate 0.0004 --regularity_weight 0.6 --seed 5
+stage 4 "$output/3/model.pt" --epochs 42 --val_interval 3 --learning_rate 0.0004 --regularity_weight 0.4 \
+    --max_gradient_norm 20 --seed 6
+stage 5 "$output/3/model.pt" --epochs 36 --val_interval 3 --learning_rate 0.0004 --regularity_weight 0.4 \
+    --max_gradient_norm 20 --seed 7 --train#random_transforms#0#prob 0
+average="from scripts.weights import average_weights; average_weights(['$output/4/model.pt', '$output/5/model.pt'], '$output/model.pt')"
+python -c "$average"
