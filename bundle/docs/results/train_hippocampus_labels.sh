@@ -26,5 +26,5 @@ stage 4 "$output/3/model.pt" --epochs 42 --val_interval 3 --learning_rate 0.0004
     --max_gradient_norm 20 --seed 6
 stage 5 "$output/3/model.pt" --epochs 36 --val_interval 3 --learning_rate 0.0004 --regularity_weight 0.4 \
     --max_gradient_norm 20 --seed 7 --train#random_transforms#0#prob 0
-average="from scripts.weights import average_weights; average_weights(['$output/4/model.pt', '$output/5/model.pt'], '$output/model.pt')"
-python -c "$average"
+python -c "import sys; from scripts.weights import average_weights; average_weights(sys.argv[2:], sys.argv[1])" \
+    "$output/model.pt" "$output/4/model.pt" "$output/5/model.pt"
