@@ -20,23 +20,20 @@ def ablation(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_networks_differ_in_what_their_names_say(ablation: ModuleType) -> None:
-    attended, real, flow, rates, windows = {}, {}, {}, {}, set()
+    attended, real, flow, windows = {}, {}, {}, set()
     for name in ablation.NETWORKS:
         parser = ablation.configuration(name, "images", seed=3)
         net = parser.get_parsed_content("network_def").net
         attended[name] = any("CoordinateAttention" in type(part).__name__ for part in net.modules())
         real[name], flow[name] = parser["dataset_dir"] == "images", getattr(net, "flow", None)
         assert parser["seed"] == 3 and parser["regularity_weight"] == parser["consistency_weight"] == 1.0
-        windows.add(parser["window_sigma"])
-        rates[name] = parser["learning_rate"]
+        windows.add((parser["window_sigma"], parser["learning_rate"]))
         same = ablation.configuration(name, "images", seed=3).get_parsed_content("network_def").net.state_dict()
         assert all(torch.equal(value, same[key]) for key, value in net.state_dict().items()), "one seed"
         assert any("VoxelMorph" in type(part).__name__ for part in net.modules()) == (name == "VoxelMorph")
     assert [name for name in attended if attended[name]] == ["attention", "attention, synthetic anatomy"]
     assert [name for name in real if not real[name]] == ["attention, synthetic anatomy"]
     assert not any(flow.values()) and len(windows) == 1
-    common = rates["attention"]
-    assert {name: rate for name, rate in rates.items() if rate != common} == {"U-Net in place of attention": 1e-4}
 
 
 def test_voxelmorph_takes_any_size(ablation: ModuleType) -> None:

@@ -325,6 +325,19 @@ def test_vessels(network: str, vessels: Path, tmp_path: Path) -> None:
     assert len(raw) == 2 and all(0 <= float(row["mean"]) <= 1 for row in raw)
 
 
+@pytest.mark.parametrize("overlays, shape", [(("deck", "unet"), (48, 56, 48)), (("vessels", "unet"), (112, 112))])
+def test_no_level_of_the_unets_is_a_single_voxel(overlays: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    """Batch normalization of one voxel learns statistics that the trained network cannot use."""
+    net = workflow("train", "train", *overlays).parser.get_parsed_content("network_def").net
+    smallest = []
+    for module in net.modules():
+        if type(module).__name__ == "_Down":
+            module.register_forward_hook(lambda _, given, answer: smallest.append(min(answer.shape[2:])))
+    with torch.no_grad():
+        net(torch.ones(1, 1, *shape), torch.ones(1, 1, *shape))
+    assert len(smallest) == 3 + 5 + 5 and min(smallest) > 1
+
+
 # ---- evaluation
 
 

@@ -3,10 +3,10 @@
     python bundle/docs/results/ablation.py Task04_Hippocampus --minutes 25
 
 The network of `deck.json` on real images; two that differ from it in one thing, synthetic anatomy alone, and a U-Net in
-place of its attention; and MONAI's `VoxelMorph`. All start from scratch, with one loss and seed, and see the centers of
-both images together; the learning rate is one as well, but for the U-Net, which diverges at it. Each answers pairs as
-they are and with the moving image shifted, alone and with six rounds of optical flow behind it. Writes the weights,
-which are not trained again where they exist, `ablation.csv`, a row per pair and network, and `.json`, the summary.
+place of its attention; and MONAI's `VoxelMorph`. All start from scratch, with one loss, seed and learning rate, and see
+the centers of both images together. Each answers pairs as they are and with the moving image shifted, alone and with
+six rounds of optical flow behind it. Writes the weights, which are not trained again where they exist, `ablation.csv`,
+a row per pair and network, and `.json`, the summary.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from equireg.networks import LucasKanade, TwoStep
 from equireg.weights import read_tensors, save_atomically
 
 BUNDLE = Path(__file__).resolve().parents[2]
-# What differs from train.json and deck.json: overlays, whether images are real, and a learning rate of its own.
-NETWORKS: dict[str, tuple[tuple[str, ...], bool, dict[str, float]]] = {
-    "attention": ((), True, {}),
-    "attention, synthetic anatomy": ((), False, {}),
-    "U-Net in place of attention": (("unet",), True, {"learning_rate": 1e-4}),  # at the others' rate it diverges
-    "VoxelMorph": ((), True, {}),
+# What differs from train.json and deck.json: overlays, and whether images are real.
+NETWORKS = {
+    "attention": ((), True),
+    "attention, synthetic anatomy": ((), False),
+    "U-Net in place of attention": (("unet",), True),
+    "VoxelMorph": ((), True),
 }
 LOSS = {"regularity_weight": 1.0, "consistency_weight": 1.0, "window_sigma": 4.0}  # the last stage of `hippocampus`
 FLOW_ROUNDS = 6
@@ -82,12 +82,11 @@ def centered(pair: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def configuration(name: str, dataset_dir: str, seed: int) -> ConfigParser:
     """Return the bundle's training configuration of one of the `NETWORKS`, without what validates or writes."""
-    overlays, real, changes = NETWORKS[name]
+    overlays, real = NETWORKS[name]
     set_determinism(seed)
     parser = ConfigParser()
     parser.read_config([BUNDLE / "configs" / f"{overlay}.json" for overlay in ("train", "deck", *overlays)])
-    parser.update({**LOSS, **changes, "bundle_root": str(BUNDLE), "seed": seed})
-    parser.update({"dataset_dir": dataset_dir if real else ""})
+    parser.update({**LOSS, "bundle_root": str(BUNDLE), "seed": seed, "dataset_dir": dataset_dir if real else ""})
     # 10 steps are an epoch, after which the learning rate changes; the time ends the run.
     parser.update({"flow_rounds": [], "iterations": 10, "epochs": 10**6, "train#handlers": []})
     parser["train"]["pair_transforms"].insert(0, centered)
@@ -161,10 +160,10 @@ def main(
         raise ValueError(f"expected one of {'; '.join(NETWORKS)}, got '{only}'.")
     torch.set_num_threads(1)
     sys.path.insert(0, str(BUNDLE))  # where the configurations find `scripts`
-    folder, methods, rates, steps, parameters = Path(output_dir), {}, {}, {}, {}
+    folder, methods, steps, parameters = Path(output_dir), {}, {}, {}
     for name in [only] if only else NETWORKS:
         parser, path = configuration(name, dataset_dir, seed), folder / f"{name.replace(',', '').replace(' ', '_')}.pt"
-        asked = {"minutes": minutes, "seed": seed, **LOSS, **NETWORKS[name][2]}
+        asked = {"minutes": minutes, "seed": seed, **LOSS}
         if not path.exists():
             net, count = train(parser, minutes, name)
             save_atomically({"net": net.state_dict(), "steps": count, "asked": asked}, path)
@@ -173,7 +172,6 @@ def main(
             raise ValueError(f"{path} was trained with {saved['asked']}, not with {asked}.")
         net = parser.get_parsed_content("network_def").net.eval()
         net.load_state_dict(saved["net"])
-        rates[name] = parser["learning_rate"]
         steps[name], parameters[name] = saved["steps"], sum(value.numel() for value in net.parameters())
         methods[name] = as_method(net)
         methods[f"{name}, then flow"] = as_method(TwoStep(net, LucasKanade(3, 1, FLOW_ROUNDS)).eval())
@@ -196,14 +194,7 @@ def main(
     summary = {by: summarize([row for row in rows if row["shift"] == by], MEASURES) for by in (0, shift)}
     report = {
         "data": f"{data.title}, {len(dataset)} pairs of the {split} split",
-        "training": {
-            "minutes": minutes,
-            "seed": seed,
-            **LOSS,
-            "learning_rate": rates,
-            "steps": steps,
-            "parameters": parameters,
-        },
+        "training": {"minutes": minutes, "seed": seed, **LOSS, "steps": steps, "parameters": parameters},
         **provenance(1),
         "summary": summary,
     }
