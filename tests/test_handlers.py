@@ -123,6 +123,25 @@ def test_only_gradients_that_are_too_long_are_clipped(tmp_path: Path) -> None:
     assert torch.allclose(clipped[3] / limit, plain[3] / plain[3].norm(), atol=1e-5)
 
 
+def test_gradients_of_a_scaled_loss_are_clipped_by_their_own_size(tmp_path: Path) -> None:
+    training = Training(tmp_path, epochs=1)
+    parameters = list(training.network.parameters())
+    training.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    training.trainer.scaler.scale(torch.stack([value.sum() for value in parameters]).sum()).backward()
+    norm = sum(value.numel() for value in parameters) ** 0.5  # every slope is 1
+    assert parameters[0].grad.flatten()[0] == 1024
+    ClipGradients(parameters, max_norm=2 * norm)(training.trainer)
+    assert all(torch.equal(value.grad, torch.ones_like(value)) for value in parameters)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_do_not_reach_the_weights(bad: float) -> None:
+    weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([1.0, bad]), torch.ones(1)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        ClipGradients(weights, max_norm=1.0)(Engine(lambda engine, batch: None))
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
 def test_a_norm_that_clips_everything_is_refused(max_norm: float) -> None:
     with pytest.raises(ValueError, match="max_norm must be positive, got"):

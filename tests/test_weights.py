@@ -65,15 +65,23 @@ def test_half_precision_on_disk_is_float32_in_memory(net: CARL, tmp_path: Path) 
 
 
 def test_an_average_lies_between_the_weights(net: CARL, tmp_path: Path) -> None:
-    other = randomized(CARL(**net.arguments))
+    other = randomized(CARL(**net.arguments)).half()
+    for name, value in other.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(7)
     paths = [written(net.state_dict(), tmp_path / "a.pt")]
     paths.append(written({"model": PairNetwork(other).state_dict()}, tmp_path / "b.pt"))  # a checkpoint
     average_weights(paths, tmp_path / "mean.pt")
     mean = load_network(tmp_path / "mean.pt")
     assert mean.arguments == net.arguments
-    for name, value in net.named_parameters():
-        between = 0.5 * (value + other.get_parameter(name))
-        assert torch.allclose(mean.get_parameter(name), between) and not torch.allclose(between, value)
+    theirs, ours = other.state_dict(), mean.state_dict()
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            between = 0.5 * (value + theirs[name].float())
+            assert torch.allclose(ours[name], between) and not torch.allclose(between, value)
+        else:
+            assert torch.equal(ours[name], value)
+    assert any("running_var" in name for name in ours) and any(name.endswith("tracked") for name in ours)
     average_weights(paths[:1], tmp_path / "same.pt")
     same = load_network(tmp_path / "same.pt").state_dict()
     assert all(torch.equal(value, same[name]) for name, value in net.state_dict().items())

@@ -85,6 +85,9 @@ class ClipGradients:
     One pair that is answered wildly has a gradient hundreds of times as long as others. Adam divides by the root of a
     running mean of squares, which remembers it for thousands of steps, in which training all but stands still.
 
+    Where the trainer scales its loss (`amp`), gradients are brought back to their size first, which torch allows once a
+    step: not together with an accumulation of gradients.
+
     Args:
         parameters: of the network that is trained.
         max_norm: the norm, over all parameters together.
@@ -111,8 +114,16 @@ class ClipGradients:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Scale the gradients, where they are too long together."""
-        nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        """Scale the gradients, where they are too long together.
+
+        Raises:
+            RuntimeError: if their norm is not finite; a scaler of the loss would skip the step instead.
+        """
+        trainer: Any = engine
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(trainer.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, self.max_norm, error_if_nonfinite=scaler is None)
 
 
 class AttentionMonitor:

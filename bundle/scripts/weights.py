@@ -244,7 +244,8 @@ def save_weights(source: str | Path, target: str | Path) -> str:
 def average_weights(sources: Sequence[str | Path], target: str | Path) -> None:
     """Average, number by number, the weights of trainings that went on from one and the same network.
 
-    Such trainings mostly end in one valley of the loss, and what lies between them generalizes better than each.
+    Such trainings mostly end in one valley of the loss, and what lies between them often generalizes better than each.
+    The running statistics of batch normalization are averaged as well, which suits trainings that ended close together.
 
     Reference: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
     increasing inference time", ICML 2022, https://arxiv.org/abs/2203.05482.
@@ -255,7 +256,7 @@ def average_weights(sources: Sequence[str | Path], target: str | Path) -> None:
         target: the file to write, flat; it appears only when complete.
 
     Raises:
-        ValueError: if there are no sources, or they are not of one network.
+        ValueError: if there are no sources, one cannot be read, or they are not of one network, `flow_rounds` included.
     """
     states = [read_state(source) for source in sources]
     if not states:

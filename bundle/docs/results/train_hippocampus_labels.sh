@@ -2,7 +2,7 @@
 # Train the weights `hippocampus_labels` as they were trained: bash train_hippocampus_labels.sh DATASET_DIR OUTPUT_DIR
 # Stages from the shipped `hippocampus` on, with the labels of the training subjects in the loss. The first two saw flips
 # alone and were stopped before their learning rate was down; the last two both go on from the third, and their average
-# is what is shipped.
+# is what is shipped, in half precision (`equireg.weights.save_weights`).
 set -euo pipefail
 dataset=$(realpath "$1")
 output=$(realpath -m "$2")
